@@ -1,0 +1,1 @@
+"""LoRA adapters for new datasets, from a bank of adapters, without training."""

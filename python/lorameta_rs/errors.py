@@ -1,0 +1,54 @@
+"""What can be wrong with what a user gives us. The core raises these too.
+
+Every message names the file, the tensor, field or row, what was expected and what was found.
+"""
+
+from __future__ import annotations
+
+
+class LoraMetaError(Exception):
+    """The input cannot be used. The command line prints the message and exits with status 1."""
+
+
+class MissingFile(LoraMetaError, FileNotFoundError):
+    """A file or folder that was named is not there; `filename` is its path."""
+
+
+class UnreadableFile(LoraMetaError, OSError):
+    """The operating system refused a file; `errno` and `filename` are set."""
+
+
+class InvalidAdapter(LoraMetaError, ValueError):
+    """An adapter's file or configuration is broken, or holds what cannot be merged."""
+
+
+class LayoutMismatch(LoraMetaError, ValueError):
+    """Adapters that were to be combined differ in rank, shape or base model."""
+
+
+class NotFinite(LoraMetaError, ValueError):
+    """A tensor holds NaN or infinity, or a sum of finite numbers left the range of its type."""
+
+
+class FileChanged(LoraMetaError):
+    """An adapter's file changed while it was being read; nothing was written."""
+
+
+class InvalidDataset(LoraMetaError, ValueError):
+    """A dataset cannot be read, has no rows, or lacks the fields that make up a text."""
+
+
+class InvalidBank(LoraMetaError, ValueError):
+    """A bank has no usable member, or its settings, tokenizer or fingerprints do not fit."""
+
+
+class InvalidSetting(LoraMetaError, ValueError):
+    """A setting is out of its range, or does not go with another one."""
+
+
+class OutputExists(LoraMetaError, FileExistsError):
+    """The output is there already; `force` replaces it."""
+
+
+class MissingExtra(LoraMetaError, ImportError):
+    """An optional package is needed; the message says what to install."""

@@ -1,0 +1,328 @@
+"""A dataset's fingerprint: how often each token id occurs in it, sparse."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from lorameta_rs import files
+from lorameta_rs.dataset import texts
+from lorameta_rs.errors import FileChanged, InvalidBank, InvalidDataset
+from lorameta_rs.tokenizer import MAX_VOCAB_SIZE, Tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+FORMAT = 1
+"""The version of the fingerprint file that is written, and the only one that is read."""
+
+_MAX_FILE = 1 << 30
+
+
+@dataclass(frozen=True)
+class DatasetRecord:
+    """Which file a fingerprint was made from, to see later whether it is still the same."""
+
+    name: str
+    size: int
+    mtime_ns: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> DatasetRecord:
+        """The record of the file as it is now, all of it read; errors as `files.reading`."""
+        with files.reading(path) as file:
+            status = os.fstat(file.fileno())
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return cls(path.name, status.st_size, status.st_mtime_ns, digest)
+
+    def untouched(self, path: Path) -> bool:
+        """Whether `path` has the size and time recorded here: then its bytes need no look."""
+        with files.refusals(path):
+            status = path.stat()
+        return (self.size, self.mtime_ns) == (status.st_size, status.st_mtime_ns)
+
+
+@dataclass(frozen=True, eq=False)
+class Fingerprint:
+    """Token counts of one dataset under one tokenizer.
+
+    `ids` [n] uint32, ascending and distinct; `counts` [n] uint64, positive. `rows` were counted;
+    `tokenizer` is the SHA-256 of its file; `columns` is what the reader was asked for; `dataset`
+    is None where nobody recorded it.
+    """
+
+    ids: NDArray[np.uint32]
+    counts: NDArray[np.uint64]
+    vocab_size: int
+    rows: int = 0
+    tokenizer: str = ""
+    columns: tuple[str, ...] | None = None
+    dataset: DatasetRecord | None = None
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens counted."""
+        return int(self.counts.sum())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it to `path`, whole or not at all; equal fingerprints give equal bytes.
+
+        Raises:
+            MissingFile, UnreadableFile: the folder is not there, or cannot be written to.
+        """
+        about = {
+            "format": FORMAT,
+            "vocab_size": self.vocab_size,
+            "rows": self.rows,
+            "tokens": self.tokens,
+            "tokenizer": self.tokenizer,
+            "columns": self.columns,
+            "dataset": None if self.dataset is None else asdict(self.dataset),
+        }
+        # One entry, because the library writes several in an order that changes from run to run.
+        metadata = {"fingerprint": json.dumps(about)}
+        tensors: dict[str, NDArray[Any]] = {"all.ids": self.ids, "all.counts": self.counts}
+        files.write_whole(Path(path), safetensors.numpy.save(tensors, metadata))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Fingerprint:
+        """The fingerprint at `path`; other tensors that the file may have are left alone.
+
+        Raises:
+            MissingFile, UnreadableFile: the file cannot be read.
+            InvalidBank: it is no fingerprint, or contradicts itself.
+        """
+        path = Path(path)
+        try:
+            with files.reading(path) as file:
+                if os.fstat(file.fileno()).st_size > _MAX_FILE:
+                    raise ValueError(f"larger than {_MAX_FILE:,} bytes")
+                with safetensors.safe_open(path, "numpy") as content:
+                    about = json.loads((content.metadata() or {}).get("fingerprint", "null"))
+                    ids = _vector(content, "all.ids", "U32")
+                    counts = _vector(content, "all.counts", "U64")
+            return _checked(about, ids, counts)
+        except (safetensors.SafetensorError, ValueError, RecursionError) as error:
+            hint = "make it again with `lorameta-rs index`"
+            raise InvalidBank(f"`{path}`: not a fingerprint: {error}\n{hint}") from error
+
+    def staleness(
+        self,
+        *,
+        dataset: str | os.PathLike[str] | None = None,
+        tokenizer: Tokenizer | None = None,
+        columns: Sequence[str] | None = None,
+    ) -> str | None:
+        """Why it has to be made again, in words that continue "it is stale: ", or None if fresh.
+
+        A `dataset` or `tokenizer` that is None is not compared: fingerprints are published
+        without the data they came from.
+
+        Raises:
+            MissingFile, UnreadableFile: the dataset or the tokenizer cannot be read.
+        """
+        if tokenizer is not None and tokenizer.sha256 != self.tokenizer:
+            return f"it was made with another tokenizer than `{tokenizer.path}`"
+        if _columns(columns) != self.columns:
+            return f"it was made from {_asked(self.columns)}, not {_asked(_columns(columns))}"
+        if dataset is None:
+            return None
+        dataset = Path(dataset)
+        if self.dataset is None:
+            return f"it does not say whether it was made from `{dataset}`"
+        # A copied bank has other times than the original, and the same bytes.
+        same = self.dataset.untouched(dataset) or files.sha256(dataset) == self.dataset.sha256
+        return None if same else f"its dataset `{dataset}` has changed"
+
+
+@dataclass(frozen=True, eq=False)
+class Fingerprints:
+    """The fingerprints of many datasets as one sparse matrix, a row a dataset (CSR).
+
+    Row i has its ids in `ids[indptr[i]:indptr[i + 1]]` (uint32, ascending, distinct) and its
+    counts in the same places of `counts` (uint64); `vocab_size` is the number of columns.
+    """
+
+    indptr: NDArray[np.int64]
+    ids: NDArray[np.uint32]
+    counts: NDArray[np.uint64]
+    vocab_size: int
+
+    @classmethod
+    def stack(cls, fingerprints: Sequence[Fingerprint]) -> Fingerprints:
+        """The matrix with these rows, in this order.
+
+        >>> a = Fingerprint(np.uint32([1, 5]), np.uint64([2, 1]), vocab_size=8)
+        >>> b = Fingerprint(np.uint32([3]), np.uint64([4]), vocab_size=8)
+        >>> Fingerprints.stack([a, b]).indptr
+        array([0, 2, 3])
+
+        Raises:
+            InvalidBank: there are none, or their tokenizers differ.
+        """
+        if not fingerprints:
+            raise InvalidBank("there are no fingerprints")
+        first = fingerprints[0]
+        for i, other in enumerate(fingerprints):
+            if (other.tokenizer, other.vocab_size) != (first.tokenizer, first.vocab_size):
+                raise InvalidBank(
+                    f"fingerprint {i} was made with another tokenizer than fingerprint 0: "
+                    f"{_identity(other)}, not {_identity(first)}"
+                )
+        return cls(
+            indptr=np.cumsum([0, *(len(one.ids) for one in fingerprints)], dtype=np.int64),
+            ids=np.concatenate([one.ids for one in fingerprints]),
+            counts=np.concatenate([one.counts for one in fingerprints]),
+            vocab_size=first.vocab_size,
+        )
+
+    def __len__(self) -> int:
+        return len(self.indptr) - 1
+
+
+def token_distribution(
+    dataset: str | os.PathLike[str],
+    *,
+    tokenizer: Tokenizer | str | os.PathLike[str],
+    columns: Sequence[str] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Fingerprint:
+    r"""The fingerprint of a dataset, each row tokenised with the model's special tokens.
+
+    >>> import tempfile
+    >>> from tokenizers import Tokenizer, models, pre_tokenizers
+    >>> model = Tokenizer(models.WordLevel({"to": 0, "be": 1, "or": 2, "?": 3}, unk_token="?"))
+    >>> model.pre_tokenizer = pre_tokenizers.Whitespace()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     model.save(f"{folder}/tokenizer.json")
+    ...     _ = Path(folder, "train.txt").write_text("to be or\nnot to be")
+    ...     hamlet = token_distribution(f"{folder}/train.txt", tokenizer=f"{folder}/tokenizer.json")
+    >>> hamlet.ids, hamlet.counts
+    (array([0, 1, 2, 3], dtype=uint32), array([2, 2, 1, 1], dtype=uint64))
+
+    Args:
+        dataset: The file; `dataset.texts` says which formats and fields it may have.
+        tokenizer: The base model's, or the path of its `tokenizer.json`.
+        columns: The fields that make up a row's text, instead of those that are recognised.
+        progress: Told, now and then, how many rows have been counted so far.
+
+    Raises:
+        MissingFile, UnreadableFile: the dataset or the tokenizer cannot be read.
+        InvalidDataset: the dataset is broken, or has no token at all.
+        InvalidBank: the tokenizer is broken.
+        FileChanged: the dataset changed meanwhile.
+        MissingExtra: the dataset is parquet, and pyarrow is not installed.
+        InvalidSetting: `columns` names no field.
+
+    Warns:
+        DatasetWarning: as `dataset.texts`.
+    """
+    path, tokenizer = Path(dataset), Tokenizer.of(tokenizer)
+    record = DatasetRecord.of(path)
+    counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+    rows = 0
+    contents = texts(path, columns=columns, vocab_size=tokenizer.vocab_size)
+    for batch in tokenizer.token_ids(contents):
+        ids = np.fromiter(chain.from_iterable(batch), dtype=np.int64)
+        counts += np.bincount(ids, minlength=len(counts))
+        rows += len(batch)
+        if progress is not None:
+            progress(rows)
+    if not record.untouched(path):
+        raise FileChanged(f"`{path}`: it changed while it was being read")
+    ids = np.flatnonzero(counts)
+    if not len(ids):
+        raise InvalidDataset(f"`{path}`: the dataset has no tokens")
+    return Fingerprint(
+        ids=ids.astype(np.uint32),
+        counts=counts[ids].astype(np.uint64),
+        vocab_size=tokenizer.vocab_size,
+        rows=rows,
+        tokenizer=tokenizer.sha256,
+        columns=_columns(columns),
+        dataset=record,
+    )
+
+
+def _vector(content: Any, name: str, dtype: str) -> NDArray[Any]:
+    """The tensor `name`; its type is looked at first, as numpy lacks some that a file may have."""
+    view = content.get_slice(name)
+    if view.get_dtype() != dtype or len(view.get_shape()) != 1:
+        raise ValueError(f"`{name}` is {view.get_dtype()} {view.get_shape()}, expected {dtype} [n]")
+    vector: NDArray[Any] = content.get_tensor(name)
+    return vector
+
+
+def _checked(about: Any, ids: NDArray[np.uint32], counts: NDArray[np.uint64]) -> Fingerprint:
+    """What the file holds; `ValueError` if any of it cannot be."""
+    match about:
+        case {
+            "format": int(version),
+            "vocab_size": int(vocab_size),
+            "rows": int(rows),
+            "tokens": int(tokens),
+            "tokenizer": str(tokenizer),
+            "columns": list() | None as columns,
+            "dataset": dict() | None as dataset,
+        } if version == FORMAT and rows >= 0:
+            pass
+        case _:
+            raise ValueError(f"its metadata is not that of format {FORMAT}")
+    if columns is not None and not all(isinstance(name, str) for name in columns):
+        raise ValueError("its metadata names columns by something else than text")
+    if not 0 < vocab_size <= MAX_VOCAB_SIZE:
+        raise ValueError(f"a vocabulary of {vocab_size} ids")
+    if len(ids) != len(counts) or len(ids) == 0:
+        raise ValueError(f"{len(ids)} ids with {len(counts)} counts")
+    if ids[-1] >= vocab_size or not (ids[:-1] < ids[1:]).all():
+        raise ValueError(f"its ids do not ascend, or reach past the vocabulary of {vocab_size}")
+    # As floats, because a sum of hostile counts could wrap around to the right one.
+    if not counts.all() or counts.sum(dtype=np.float64) >= 2**63 or counts.sum() != tokens:
+        raise ValueError(f"its counts are not those of {tokens} tokens")
+    return Fingerprint(
+        ids=ids,
+        counts=counts,
+        vocab_size=vocab_size,
+        rows=rows,
+        tokenizer=tokenizer,
+        columns=_columns(columns),
+        dataset=None if dataset is None else _record(dataset),
+    )
+
+
+def _record(dataset: dict[str, Any]) -> DatasetRecord:
+    match dataset:
+        case {
+            "name": str(name),
+            "size": int(size),
+            "mtime_ns": int(mtime_ns),
+            "sha256": str(sha256),
+        }:
+            return DatasetRecord(name, size, mtime_ns, sha256)
+    raise ValueError("its metadata has a broken record of the dataset")
+
+
+def _columns(columns: Sequence[str] | None) -> tuple[str, ...] | None:
+    return None if columns is None else tuple(columns)
+
+
+def _asked(columns: tuple[str, ...] | None) -> str:
+    if columns is None:
+        return "the fields that are recognised"
+    return "the fields " + ", ".join(f"`{name}`" for name in columns)
+
+
+def _identity(fingerprint: Fingerprint) -> str:
+    return f"{fingerprint.vocab_size} ids, SHA-256 {fingerprint.tokenizer[:12] or 'unknown'}"

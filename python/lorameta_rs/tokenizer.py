@@ -1,0 +1,126 @@
+"""The base model's tokenizer, as its `tokenizer.json` has it."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tokenizers
+
+from lorameta_rs import files
+from lorameta_rs.errors import InvalidBank
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable, Iterator, Sequence
+
+MAX_VOCAB_SIZE = 1 << 24
+"""More ids than any model has. A count is kept for each id, so one huge id would fill memory."""
+
+_BATCH = 1 << 17  # characters tokenised at a time; what is made of them takes some 10 MB
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A `tokenizer.json`; read when it is first needed, and only as far as it is."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer | str | os.PathLike[str]) -> Tokenizer:
+        """`tokenizer` itself, or the one at that path."""
+        return tokenizer if isinstance(tokenizer, Tokenizer) else cls(Path(tokenizer))
+
+    @cached_property
+    def sha256(self) -> str:
+        """The SHA-256 of the file, which tells whether two banks speak of the same ids.
+
+        Raises:
+            MissingFile, UnreadableFile: the file cannot be read.
+        """
+        return files.sha256(self.path)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest id that it can produce, added and special tokens included.
+
+        Raises:
+            InvalidBank: there is no id, or one past `MAX_VOCAB_SIZE`; and as `encode`.
+        """
+        # Ids may have gaps, so their number is not enough; what is put around every text
+        # need not be in the vocabulary.
+        vocabulary = self._backend.get_vocab(with_added_tokens=True).values()
+        (around,) = self.encode([""])
+        size = 1 + max((*vocabulary, *around.ids), default=-1)
+        if size == 0:
+            raise InvalidBank(f"`{self.path}`: it has no tokens")
+        if size > MAX_VOCAB_SIZE:
+            expected = f"expected one below {MAX_VOCAB_SIZE:,}"
+            raise InvalidBank(f"`{self.path}`: its largest token id is {size - 1}, {expected}")
+        return size
+
+    def encode(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
+        """The tokens of each text with the special tokens that the model wants around it.
+
+        The texts are shared out among all cores, and the interpreter is free meanwhile.
+
+        Raises:
+            MissingFile, UnreadableFile: the file cannot be read.
+            InvalidBank: it is no tokenizer, or has no tokens for a text.
+        """
+        try:
+            return self._backend.encode_batch_fast(list(texts), add_special_tokens=True)
+        except Exception as error:  # the library raises nothing more precise
+            raise InvalidBank(f"`{self.path}`: cannot encode a text: {error}") from error
+
+    def token_ids(self, rows: Iterable[str | list[int]]) -> Iterator[list[list[int]]]:
+        """The ids of the texts in `rows`, and those that are ids already, a batch at a time.
+
+        While the caller has one batch the next is in work, so reading the rows and counting
+        their ids cost little time. Within a batch the order is not that of `rows`. Errors as
+        `encode`.
+        """
+        with ThreadPoolExecutor(1) as worker:
+            begun: Future[list[list[int]]] | None = None
+            for batch in _batches(rows):
+                following = worker.submit(self._batch_ids, batch)
+                if begun is not None:
+                    yield begun.result()
+                begun = following
+            if begun is not None:
+                yield begun.result()
+
+    def _batch_ids(self, batch: list[str | list[int]]) -> list[list[int]]:
+        ready = [row for row in batch if not isinstance(row, str)]
+        encodings = self.encode([row for row in batch if isinstance(row, str)])
+        return ready + [encoding.ids for encoding in encodings]
+
+    @cached_property
+    def _backend(self) -> tokenizers.Tokenizer:
+        with files.reading(self.path):
+            pass  # says what is wrong with the file itself better than the library does
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(self.path))
+        except Exception as error:  # the library raises nothing more precise
+            raise InvalidBank(f"`{self.path}`: not a tokenizer: {error}") from error
+        # Left over from training in some files: they would cut texts off and count padding.
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
+
+
+def _batches(rows: Iterable[str | list[int]]) -> Iterator[list[str | list[int]]]:
+    """`rows` in order; a batch ends with the row that fills it."""
+    batch: list[str | list[int]] = []
+    size = 0
+    for row in rows:
+        batch.append(row)
+        size += 1 + len(row)  # so that empty rows fill one too
+        if size >= _BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

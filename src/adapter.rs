@@ -1,0 +1,153 @@
+//! One adapter file: what its header says, and the stamp by which a change is noticed.
+
+use std::{
+    collections::HashSet,
+    fs::{File, Metadata},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+    time::SystemTime,
+};
+
+use rayon::prelude::*;
+
+use crate::{
+    error::{At, Error, Result},
+    header,
+    layout::Layout,
+};
+
+/// An adapter whose header has been read and checked. It holds no file open: a job opens the
+/// members it reads, so that a bank may have more members than a process may have open files.
+#[derive(Debug, Clone)]
+pub struct Adapter {
+    /// The file.
+    pub path: PathBuf,
+    /// Its tensors and modules, shared by all adapters that have the same ones in the same places.
+    pub layout: Arc<Layout>,
+    stamp: Stamp,
+}
+
+/// A file's size and time of change: what tells one version of it from the next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stamp {
+    /// In bytes.
+    pub size: u64,
+    /// When it was last written to, where the file system says so.
+    pub modified: Option<SystemTime>,
+}
+
+impl Stamp {
+    fn of(metadata: &Metadata) -> Self {
+        Self { size: metadata.len(), modified: metadata.modified().ok() }
+    }
+}
+
+impl Adapter {
+    /// Read and check the header of `path`.
+    ///
+    /// # Errors
+    /// The file cannot be read, is not safetensors, or holds something else than LoRA factors.
+    pub fn open(path: &Path) -> Result<Self> {
+        let invalid = |reason| Error::File { path: path.to_owned(), reason };
+        // Asked before opening: opening a FIFO would wait for a writer.
+        let metadata = std::fs::metadata(path).at(path)?;
+        if !metadata.is_file() {
+            let kind = if metadata.is_dir() { "a folder" } else { "not a regular file" };
+            return Err(invalid(format!("is {kind}, expected a safetensors file")));
+        }
+        let mut file = File::open(path).at(path)?;
+        let stamp = Stamp::of(&file.metadata().at(path)?);
+        let (tensors, notes) = header::read(&mut file, stamp.size).map_err(invalid)?;
+        if tensors.is_empty() {
+            return Err(invalid("holds no tensor".to_owned()));
+        }
+        let layout = Layout::of(tensors, notes).map_err(|fault| Error::Tensor {
+            path: path.to_owned(),
+            tensor: fault.tensor,
+            reason: fault.reason,
+        })?;
+        Ok(Self { path: path.to_owned(), layout: Arc::new(layout), stamp })
+    }
+
+    /// Open many adapters in parallel; those with the same layout share it. The answers are in the
+    /// order of `paths`.
+    pub fn open_all(paths: &[PathBuf]) -> Vec<Result<Self>> {
+        let layouts = Mutex::new(HashSet::<Arc<Layout>>::new());
+        let open = |path: &PathBuf| {
+            let mut adapter = Self::open(path)?;
+            let mut known = layouts.lock().unwrap_or_else(PoisonError::into_inner);
+            match known.get(&adapter.layout) {
+                Some(layout) => adapter.layout = Arc::clone(layout),
+                None => drop(known.insert(Arc::clone(&adapter.layout))),
+            }
+            Ok(adapter)
+        };
+        paths.par_iter().map(open).collect()
+    }
+
+    /// The file's size and time of change when its header was read.
+    pub fn stamp(&self) -> Stamp {
+        self.stamp
+    }
+
+    /// Open the file for its data.
+    ///
+    /// # Errors
+    /// It has changed since its header was read.
+    pub(crate) fn file(&self) -> Result<File> {
+        let file = File::open(&self.path).at(&self.path)?;
+        self.unchanged(&file.metadata().at(&self.path)?)?;
+        Ok(file)
+    }
+
+    /// Look once more, when the data has been read.
+    ///
+    /// # Errors
+    /// The file has changed since its header was read.
+    pub(crate) fn still_unchanged(&self) -> Result<()> {
+        self.unchanged(&std::fs::metadata(&self.path).at(&self.path)?)
+    }
+
+    fn unchanged(&self, metadata: &Metadata) -> Result<()> {
+        if Stamp::of(metadata) == self.stamp {
+            Ok(())
+        } else {
+            Err(Error::Changed { path: self.path.clone() })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{Spec, folder};
+
+    #[test]
+    fn equal_layouts_are_shared() {
+        let folder = folder();
+        let same = Spec::default();
+        let other = Spec { rank: 3, ..Spec::default() };
+        let paths = [same.write(&folder, "a"), same.write(&folder, "b"), other.write(&folder, "c")];
+        let opened: Vec<_> = Adapter::open_all(&paths).into_iter().map(Result::unwrap).collect();
+        assert!(Arc::ptr_eq(&opened[0].layout, &opened[1].layout));
+        assert!(!Arc::ptr_eq(&opened[0].layout, &opened[2].layout));
+    }
+
+    #[test]
+    fn a_change_is_noticed() {
+        let folder = folder();
+        let path = Spec::default().write(&folder, "a");
+        let adapter = Adapter::open(&path).unwrap();
+        adapter.file().unwrap();
+        Spec { rank: 3, ..Spec::default() }.write(&folder, "a");
+        assert!(matches!(adapter.file(), Err(Error::Changed { .. })));
+        assert!(matches!(adapter.still_unchanged(), Err(Error::Changed { .. })));
+    }
+
+    #[test]
+    fn what_is_no_file_is_refused() {
+        let folder = folder();
+        assert!(Adapter::open(folder.path()).unwrap_err().to_string().contains("a folder"));
+        assert!(matches!(Adapter::open(Path::new("gone")), Err(Error::Io { .. })));
+    }
+}

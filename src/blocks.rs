@@ -1,0 +1,253 @@
+//! The plan of a job: the tensors cut into runs of columns, small enough for the memory budget.
+
+use crate::{
+    bank::Bank,
+    error::{Error, Result},
+    source::Io,
+};
+
+/// How a job is to be run.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Worker threads; 0 for as many as the machine has cores.
+    pub threads: usize,
+    /// The memory budget, in bytes: what the job allocates and what it keeps mapped at a time.
+    pub memory: usize,
+    /// How files are read; `None` maps them for a few targets, and reads for more.
+    pub io: Option<Io>,
+    /// Sum NaN and infinity like other numbers, instead of refusing them.
+    pub allow_nan: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { threads: 0, memory: 64 << 20, io: None, allow_nan: false }
+    }
+}
+
+impl Options {
+    /// Mapped rows begin at the same place of their pages, and so compete for the same few lines
+    /// of the L1 cache, where a positional read lays them apart. The read costs as much as one
+    /// target: measured, it pays from four targets on (and up to twofold at 32).
+    pub(crate) fn io(&self, targets: usize) -> Io {
+        self.io.unwrap_or(if targets < 4 { Io::Mmap } else { Io::Read })
+    }
+
+    pub(crate) fn threads(&self) -> usize {
+        match self.threads {
+            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            threads => threads,
+        }
+    }
+}
+
+/// A run of elements of one slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Piece {
+    pub(crate) slot: usize,
+    pub(crate) start: usize,
+    pub(crate) len: usize,
+}
+
+/// Pieces that follow each other, read of one adapter after another.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Run {
+    pub(crate) pieces: Vec<Piece>,
+    /// The number of elements in all pieces.
+    pub(crate) len: usize,
+}
+
+/// How a job is cut, and what it takes.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// What is read from the adapters, in bytes: each byte once.
+    pub bytes: u64,
+    /// What the job allocates and keeps mapped at most, in bytes.
+    pub memory: usize,
+    /// Worker threads.
+    pub threads: usize,
+    /// How many adapters are summed in one pass over the sums.
+    pub(crate) group: usize,
+    runs: Vec<Run>,
+    /// How many runs are written in one go.
+    together: usize,
+}
+
+/// Columns that go through the registers between two looks at the next row: two pages of each
+/// float32 row. Shorter, the start of each run costs; longer, rows leave the L2 cache before the
+/// last target has used them.
+pub(crate) const STRIP: usize = 2048;
+
+/// The longest run, in elements. Of mapped files, 4 MiB of each adapter: giving pages back costs
+/// by the call, and longer runs gain nothing.
+const LONGEST: usize = 1 << 20;
+
+/// What a thread works on between two positional reads, in bytes: a group's rows should still be
+/// in the L2 cache, and their sums not far from it, when they are used.
+const NEAR: usize = 2 << 20;
+
+/// The shortest run that is worth a read, and what runs are a multiple of: whole cache lines, and
+/// whole tiles of the widest kernel.
+const SHORTEST: usize = 1024;
+const TILE: usize = 64;
+
+/// What one write should have at least, in elements.
+const WRITTEN: usize = 1 << 16;
+
+impl Plan {
+    /// Cut the job of summing all of `bank` for `targets` targets.
+    ///
+    /// # Errors
+    /// Even the shortest runs do not fit into the budget.
+    pub(crate) fn new(bank: &Bank<'_>, targets: usize, options: &Options) -> Result<Self> {
+        let threads = options.threads();
+        // With more targets the sums are the larger part, and are worth more rows at a time.
+        let group = (2 * targets).clamp(4, 64).min(bank.adapters.len());
+        let held = || bank.slots.iter().flat_map(|slot| &slot.holders);
+        let bytes = held().map(|holder| {
+            let range = &bank.tensor(*holder).bytes;
+            range.end - range.start
+        });
+        let widest = held().map(|holder| bank.tensor(*holder).dtype.bytes()).max().unwrap_or(4);
+        let total: usize = bank.slots.iter().map(|slot| slot.len()).sum();
+
+        // Of each thread, in bytes: per element of a run the rows of a group; per element of what
+        // is written together the sums, and a target's sums once more in the output's type.
+        let (row, sum) = (group * widest, targets * 4 + 4);
+        let fixed = group * (STRIP * 4 + 128);
+        let share = options.memory / threads;
+        let fits = share.saturating_sub(fixed) / (row + sum);
+        if fits < SHORTEST.min(total) {
+            let needed = threads * (fixed + SHORTEST * (row + sum));
+            return Err(Error::Memory {
+                given: options.memory >> 20,
+                needed: needed.div_ceil(1 << 20),
+            });
+        }
+        let longest = match options.io(targets) {
+            Io::Mmap => LONGEST,
+            Io::Read => (NEAR / (4 * (group + targets))).max(SHORTEST),
+        };
+        // Eight turns for each thread, if that leaves enough for a write, keep all busy to the end.
+        let turn = total.div_ceil(8 * threads).max(WRITTEN).next_multiple_of(TILE);
+        let length = fits.min(longest).min(turn);
+        let length = length - length % TILE.min(length.max(1));
+        let room = share.saturating_sub(fixed + length * row) / (sum * length.max(1));
+        let together = (turn / length.max(1)).clamp(1, room.max(1));
+        Ok(Self {
+            bytes: bytes.sum(),
+            memory: threads * (fixed + length * row + together * length * sum),
+            threads,
+            group,
+            runs: cut(bank.slots.iter().map(|slot| slot.len()), length),
+            together,
+        })
+    }
+
+    /// The runs of the `index`-th block: what one thread sums and writes in one go.
+    pub(crate) fn block(&self, index: usize) -> Option<&[Run]> {
+        self.runs.chunks(self.together).nth(index)
+    }
+}
+
+/// Cut slots of these lengths into runs of `length` elements; the last one may be shorter.
+fn cut(slots: impl Iterator<Item = usize>, length: usize) -> Vec<Run> {
+    let mut runs = Vec::new();
+    let mut run = Run::default();
+    for (slot, len) in slots.enumerate() {
+        let mut start = 0;
+        while start < len {
+            let taken = (len - start).min(length - run.len);
+            run.pieces.push(Piece { slot, start, len: taken });
+            run.len += taken;
+            start += taken;
+            if run.len == length {
+                runs.push(std::mem::take(&mut run));
+            }
+        }
+    }
+    if run.len > 0 {
+        runs.push(run);
+    }
+    runs
+}
+
+/// The pieces of several runs, those that continue each other as one.
+pub(crate) fn joined(runs: &[Run]) -> Vec<Piece> {
+    let mut joined: Vec<Piece> = Vec::new();
+    for piece in runs.iter().flat_map(|run| &run.pieces) {
+        match joined.last_mut() {
+            Some(last) if last.slot == piece.slot => last.len += piece.len,
+            _ => joined.push(*piece),
+        }
+    }
+    joined
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        adapter::Adapter,
+        testing::{Spec, folder},
+    };
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn every_element_is_in_one_run_and_in_order(
+            slots in prop::collection::vec(0usize..50, 0..12),
+            length in 1usize..40,
+        ) {
+            let runs = cut(slots.iter().copied(), length);
+            let elements = |pieces: &[Piece]| -> Vec<(usize, usize)> { pieces
+                .iter()
+                .flat_map(|piece| (piece.start..piece.start + piece.len).map(|i| (piece.slot, i)))
+                .collect() };
+            let expected: Vec<(usize, usize)> = slots
+                .iter()
+                .enumerate()
+                .flat_map(|(slot, &len)| (0..len).map(move |i| (slot, i)))
+                .collect();
+            let pieces: Vec<Piece> = runs.iter().flat_map(|run| run.pieces.clone()).collect();
+            prop_assert_eq!(elements(&pieces), expected.clone());
+            prop_assert_eq!(elements(&joined(&runs)), expected);
+            for (i, run) in runs.iter().enumerate() {
+                let sum: usize = run.pieces.iter().map(|piece| piece.len).sum();
+                prop_assert_eq!(run.len, sum);
+                prop_assert!(run.len == length || i + 1 == runs.len());
+            }
+        }
+    }
+
+    #[test]
+    fn the_plan_keeps_to_the_budget_or_says_what_it_needs() {
+        let folder = folder();
+        let spec = Spec { inner: 4000, outer: 3000, ..Spec::default() };
+        let adapter = Adapter::open(&spec.write(&folder, "a")).unwrap();
+        let bank = Bank::new(vec![&adapter; 20]).unwrap();
+        for targets in [1, 3, 40] {
+            for (memory, io) in
+                [1, 2, 8, 64].into_iter().flat_map(|m| [(m, Io::Mmap), (m, Io::Read)])
+            {
+                let memory_bytes = memory << 20;
+                let options = Options {
+                    threads: 1,
+                    memory: memory_bytes,
+                    io: Some(io),
+                    ..Options::default()
+                };
+                match Plan::new(&bank, targets, &options) {
+                    Ok(plan) => {
+                        assert!(plan.memory <= options.memory, "{targets} {memory}: {plan:?}");
+                        assert_eq!(plan.bytes, 20 * 28_000 * 4);
+                    }
+                    Err(error) => assert!(memory == 1, "{error}"),
+                }
+            }
+        }
+        let options = Options { memory: 1 << 10, ..Options::default() };
+        let error = Plan::new(&bank, 1, &options).unwrap_err();
+        assert!(error.to_string().contains("at least 1 MiB"), "{error}");
+    }
+}

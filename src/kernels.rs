@@ -1,0 +1,168 @@
+//! The loops over numbers, in the widest form that this machine runs.
+//!
+//! `scalar` is the definition. The others are the same loops compiled for wider registers, and
+//! give the same bits: `mul_add` rounds once on every instruction set, and a column's sum takes
+//! its rows in order.
+#![expect(unsafe_code, reason = "calling code compiled for a feature that was just detected")]
+
+mod scalar;
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
+
+use std::sync::OnceLock;
+
+use crate::Dtype;
+
+/// `sums[k · stride + j] += Σ_i weights[k · n + i] · rows[i][j]` for every column j of the rows,
+/// K targets by n rows; each column is summed in the order of the rows.
+pub type AddProducts = fn(sums: &mut [f32], stride: usize, rows: &[&[f32]], weights: &[f32]);
+
+/// The numbers of little-endian `bytes` as float32; float64 is rounded to nearest.
+pub type Widen = fn(dtype: Dtype, bytes: &[u8], numbers: &mut [f32]);
+
+/// One implementation of the loops.
+#[derive(Clone, Copy)]
+pub struct Kernel {
+    /// The instruction set, as a name for benchmarks and tests.
+    pub name: &'static str,
+    /// Weighted sums.
+    pub add_products: AddProducts,
+    /// Conversion on reading.
+    pub widen: Widen,
+}
+
+/// Every kernel that this machine runs, narrowest first.
+pub fn available() -> Vec<Kernel> {
+    #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut))]
+    let mut kernels = vec![Kernel {
+        name: "scalar",
+        add_products: scalar::add_products::<4, 16>,
+        widen: scalar::widen,
+    }];
+    #[cfg(target_arch = "x86_64")]
+    {
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            kernels.push(Kernel {
+                name: "avx2",
+                // SAFETY: listed only where AVX2 and FMA were just detected.
+                add_products: |sums, stride, rows, weights| unsafe {
+                    x86_64::add_products_avx2(sums, stride, rows, weights)
+                },
+                // SAFETY: as above.
+                widen: |dtype, bytes, numbers| unsafe { x86_64::widen_avx2(dtype, bytes, numbers) },
+            });
+        }
+        if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
+            kernels.push(Kernel {
+                name: "avx512",
+                // SAFETY: listed only where AVX-512 F and BW were just detected; F implies FMA.
+                add_products: |sums, stride, rows, weights| unsafe {
+                    x86_64::add_products_avx512(sums, stride, rows, weights)
+                },
+                // SAFETY: as above.
+                widen: |dtype, bytes, numbers| unsafe {
+                    x86_64::widen_avx512(dtype, bytes, numbers)
+                },
+            });
+        }
+    }
+    kernels
+}
+
+/// The widest kernel that this machine runs.
+pub fn widest() -> Kernel {
+    static WIDEST: OnceLock<Kernel> = OnceLock::new();
+    *WIDEST.get_or_init(|| available().pop().unwrap_or_else(|| unreachable!("scalar is listed")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn numbers(len: usize, seed: u32) -> Vec<f32> {
+        let mut state = seed.wrapping_mul(747_796_405).wrapping_add(1);
+        let next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 20) as f32 - 8.0
+        };
+        std::iter::repeat_with(next).take(len).collect()
+    }
+
+    /// The sums by one plain loop, the columns one after another.
+    fn plain(sums: &mut [f32], stride: usize, rows: &[&[f32]], weights: &[f32]) {
+        for (k, weights) in weights.chunks(rows.len()).enumerate() {
+            for j in 0..rows[0].len() {
+                for (row, &weight) in rows.iter().zip(weights) {
+                    let sum = &mut sums[k * stride + j];
+                    *sum = row[j].mul_add(weight, *sum);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn all_kernels_give_the_bits_of_the_plain_loop() {
+        for kernel in available() {
+            for len in (0..70).chain([127, 128, 129, 2048]) {
+                for (targets, members) in [(1, 1), (1, 3), (2, 8), (4, 5), (5, 2), (9, 3)] {
+                    let rows: Vec<_> = (0..members).map(|i| numbers(len, i as u32)).collect();
+                    let rows: Vec<&[f32]> = rows.iter().map(|row| &row[..]).collect();
+                    let weights = numbers(targets * members, 99);
+                    let stride = len + 3;
+                    let mut got = numbers(targets * stride, 7);
+                    let mut expected = got.clone();
+                    (kernel.add_products)(&mut got, stride, &rows, &weights);
+                    plain(&mut expected, stride, &rows, &weights);
+                    let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+                    assert_eq!(
+                        bits(&got),
+                        bits(&expected),
+                        "{}: {targets} targets, {members} rows of {len}",
+                        kernel.name
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_half_is_widened_as_the_half_crate_does() {
+        let all: Vec<u16> = (0..=u16::MAX).collect();
+        let bytes: Vec<u8> = all.iter().flat_map(|x| x.to_le_bytes()).collect();
+        for kernel in available() {
+            let mut got = vec![0.0; all.len()];
+            let check = |got: &[f32], expected: fn(u16) -> f32| {
+                for (&half, &got) in all.iter().zip(got) {
+                    let expected = expected(half);
+                    let same = got.to_bits() == expected.to_bits();
+                    assert!(same || (got.is_nan() && expected.is_nan()), "{half:#06x}: {got}");
+                }
+            };
+            (kernel.widen)(Dtype::F16, &bytes, &mut got);
+            check(&got, |half| half::f16::from_bits(half).to_f32());
+            (kernel.widen)(Dtype::BF16, &bytes, &mut got);
+            check(&got, |half| half::bf16::from_bits(half).to_f32());
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn doubles_are_rounded_and_floats_kept(doubles: Vec<f64>, skip in 0usize..8) {
+            // Bytes at any alignment: a tensor may begin anywhere in a file.
+            let mut bytes = vec![0; skip];
+            bytes.extend(doubles.iter().flat_map(|x| x.to_le_bytes()));
+            for kernel in available() {
+                let mut got = vec![0.0; doubles.len()];
+                (kernel.widen)(Dtype::F64, &bytes[skip..], &mut got);
+                for (got, double) in got.iter().zip(&doubles) {
+                    prop_assert!(*got == *double as f32 || double.is_nan());
+                }
+                let floats: Vec<u8> = got.iter().flat_map(|x| x.to_le_bytes()).collect();
+                let mut again = vec![0.0; doubles.len()];
+                (kernel.widen)(Dtype::F32, &floats, &mut again);
+                prop_assert!(got.iter().zip(&again).all(|(a, b)| a.to_bits() == b.to_bits()));
+            }
+        }
+    }
+}

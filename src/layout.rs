@@ -1,0 +1,297 @@
+//! What the tensors of a file are: the two factors of each LoRA module, found by name.
+
+use std::collections::BTreeMap;
+
+use crate::{error::Quoted, header::Tensor};
+
+/// What every PEFT tensor name begins with.
+const PREFIX: &str = "base_model.model.";
+
+/// How a module's factors make its ΔW.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Kind {
+    /// ΔW = B A.
+    Linear,
+    /// ΔW = (B A)ᵀ, a row for each token.
+    Embedding,
+    /// A convolution by A, then one by B of size 1.
+    Conv,
+}
+
+/// One of a module's two factors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Factor {
+    /// `lora_A`, r × in.
+    A,
+    /// `lora_B`, out × r; it carries the scaling.
+    B,
+}
+
+/// A module that an adapter changes.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Module {
+    /// Its path in the base model, such as `model.layers.0.self_attn.q_proj`.
+    pub name: String,
+    /// How its factors are to be read.
+    pub kind: Kind,
+    /// The rows of A and columns of B.
+    pub rank: usize,
+    /// `lora_A`, as an index into the layout's tensors.
+    pub a: usize,
+    /// `lora_B`, as an index into the layout's tensors.
+    pub b: usize,
+}
+
+impl Module {
+    /// The name PEFT writes a factor under.
+    pub fn tensor_name(&self, factor: Factor) -> String {
+        let suffix = match (self.kind, factor) {
+            (Kind::Embedding, Factor::A) => "lora_embedding_A",
+            (Kind::Embedding, Factor::B) => "lora_embedding_B",
+            (_, Factor::A) => "lora_A.weight",
+            (_, Factor::B) => "lora_B.weight",
+        };
+        format!("{PREFIX}{}.{suffix}", self.name)
+    }
+
+    /// Where a factor stands among the layout's tensors.
+    pub fn tensor(&self, factor: Factor) -> usize {
+        match factor {
+            Factor::A => self.a,
+            Factor::B => self.b,
+        }
+    }
+}
+
+/// The tensors of a file and the modules that they make up, in the order of their names.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Layout {
+    /// The tensors, in the order of their data.
+    pub tensors: Vec<Tensor>,
+    /// The modules.
+    pub modules: Vec<Module>,
+    /// What is odd about the names or shapes, but does no harm.
+    pub notes: Vec<String>,
+}
+
+/// A tensor's name and what is wrong with it.
+pub(crate) struct Fault {
+    pub(crate) tensor: String,
+    pub(crate) reason: String,
+}
+
+impl Layout {
+    /// Pair the tensors up.
+    ///
+    /// # Errors
+    /// The first tensor that is no LoRA factor, lacks its other half, or does not fit it.
+    pub(crate) fn of(tensors: Vec<Tensor>, mut notes: Vec<String>) -> Result<Self, Fault> {
+        let mut halves: BTreeMap<(String, Kind), [Option<usize>; 2]> = BTreeMap::new();
+        let mut unprefixed = false;
+        let mut adapter_name = None;
+        for (index, tensor) in tensors.iter().enumerate() {
+            let fault = |reason| Fault { tensor: tensor.name.clone(), reason };
+            let path = tensor.name.strip_prefix(PREFIX).unwrap_or_else(|| {
+                unprefixed = true;
+                &tensor.name
+            });
+            let part = Part::of(path).ok_or_else(|| fault(not_a_factor(path)))?;
+            if !tensor.dtype.is_float() {
+                return Err(fault(format!(
+                    "has type {}, expected F32, F16, BF16 or F64",
+                    tensor.dtype
+                )));
+            }
+            let kind = match (part.embedding, tensor.shape.len()) {
+                (true, 2) => Kind::Embedding,
+                (false, 2) => Kind::Linear,
+                (false, 4) => Kind::Conv,
+                (_, n) => {
+                    return Err(fault(format!(
+                        "has {n} dimensions ({:?}), expected 2, or 4 for a convolution",
+                        tensor.shape
+                    )));
+                }
+            };
+            adapter_name = adapter_name.or(part.adapter);
+            let half = &mut halves.entry((part.module.to_owned(), kind)).or_default();
+            if half[part.factor as usize].replace(index).is_some() {
+                return Err(fault(format!("is a second factor for {}", Quoted(part.module))));
+            }
+        }
+        if unprefixed && !halves.is_empty() {
+            notes.push(format!("tensor names without the prefix `{PREFIX}`; read as if with it"));
+        }
+        if let Some(name) = adapter_name {
+            notes.push(format!("tensor names carry the adapter's name {}", Quoted(name)));
+        }
+        let mut modules = Vec::with_capacity(halves.len());
+        for ((name, kind), factors) in halves {
+            modules.push(module(name, kind, factors, &tensors)?);
+        }
+        if let Some(odd) = modules.iter().find(|module| suspicious(&module.name)) {
+            notes.push(format!("the module name {} is odd", Quoted(&odd.name)));
+        }
+        let oversized = modules.iter().find(|module| {
+            let outer = |tensor: usize, axis: usize| tensors[tensor].shape[axis];
+            let inner: usize = tensors[module.a].shape[1..].iter().product();
+            module.rank > inner.min(outer(module.b, 0))
+        });
+        if let Some(module) = oversized {
+            notes.push(format!(
+                "{} has rank {}, more than the matrix that it changes",
+                Quoted(&module.name),
+                module.rank
+            ));
+        }
+        Ok(Self { tensors, modules, notes })
+    }
+}
+
+/// Check that two factors belong together.
+fn module(
+    name: String,
+    kind: Kind,
+    factors: [Option<usize>; 2],
+    tensors: &[Tensor],
+) -> Result<Module, Fault> {
+    let (a, b) = match factors {
+        [Some(a), Some(b)] => (a, b),
+        [Some(half), None] | [None, Some(half)] => {
+            let missing = if factors[0].is_none() { "lora_A" } else { "lora_B" };
+            return Err(Fault {
+                tensor: tensors[half].name.clone(),
+                reason: format!("the module {} has no {missing}", Quoted(&name)),
+            });
+        }
+        [None, None] => unreachable!("a module is entered with a factor"),
+    };
+    let (rank, columns) = (tensors[a].shape[0], tensors[b].shape[1]);
+    let fault = |reason| Err(Fault { tensor: tensors[b].name.clone(), reason });
+    if rank != columns {
+        return fault(format!(
+            "has {columns} columns, lora_A of {} has {rank} rows: both should be its rank \
+             (a transposed file, or a grouped convolution?)",
+            Quoted(&name)
+        ));
+    }
+    if rank == 0 {
+        return fault("has rank 0".to_owned());
+    }
+    Ok(Module { name, kind, rank, a, b })
+}
+
+/// A tensor name taken apart.
+struct Part<'a> {
+    module: &'a str,
+    factor: Factor,
+    embedding: bool,
+    adapter: Option<&'a str>,
+}
+
+impl<'a> Part<'a> {
+    /// `module.lora_A.weight`, `module.lora_embedding_A`, and both with the adapter's name before
+    /// the end, as old or hand-made files have it.
+    fn of(path: &'a str) -> Option<Self> {
+        let find = |stem: &str| path.rfind(stem).map(|at| (&path[..at], &path[at + stem.len()..]));
+        for (stem, factor) in [(".lora_A.", Factor::A), (".lora_B.", Factor::B)] {
+            let Some((module, rest)) = find(stem) else { continue };
+            let adapter = match rest.strip_suffix("weight")? {
+                "" => None,
+                name => Some(name.strip_suffix('.').filter(|name| !name.contains('.'))?),
+            };
+            return Some(Self { module, factor, embedding: false, adapter });
+        }
+        for (stem, factor) in [(".lora_embedding_A", Factor::A), (".lora_embedding_B", Factor::B)] {
+            let Some((module, rest)) = find(stem) else { continue };
+            let adapter = match rest {
+                "" => None,
+                _ => Some(rest.strip_prefix('.').filter(|name| !name.contains('.'))?),
+            };
+            return Some(Self { module, factor, embedding: true, adapter });
+        }
+        None
+    }
+}
+
+/// Why a tensor cannot be summed as half of a LoRA module.
+fn not_a_factor(path: &str) -> String {
+    let kind = if path.contains("lora_magnitude_vector") {
+        "a DoRA magnitude, which no sum of factors can hold (use_dora)"
+    } else if path.contains("lora_B.bias") || path.contains("lora_A.bias") {
+        "a bias of a factor (lora_bias)"
+    } else if path.contains("lora_down") || path.contains("lora_up") || path.ends_with(".alpha") {
+        "a kohya or diffusers name; only PEFT names are read"
+    } else if path.ends_with(".lora_a") || path.ends_with(".lora_b") {
+        "an MLX name; only PEFT names are read"
+    } else if path.ends_with(".weight") || path.ends_with(".bias") {
+        "a weight of the model itself, not a LoRA factor"
+    } else {
+        "not a LoRA factor"
+    };
+    format!("is {kind}")
+}
+
+/// Whether a module's name looks made to be used as something else.
+fn suspicious(name: &str) -> bool {
+    name.contains("../") || name.contains(char::is_control)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Dtype;
+
+    fn tensor(name: &str, shape: &[usize]) -> Tensor {
+        Tensor { name: name.to_owned(), dtype: Dtype::F32, shape: shape.to_vec(), bytes: 0..1 }
+    }
+
+    fn layout(tensors: &[(&str, &[usize])]) -> Result<Layout, String> {
+        let tensors = tensors.iter().map(|(name, shape)| tensor(name, shape)).collect();
+        Layout::of(tensors, vec![]).map_err(|fault| format!("{}: {}", fault.tensor, fault.reason))
+    }
+
+    #[test]
+    fn factors_are_paired_by_name() {
+        let layout = layout(&[
+            ("base_model.model.m.q.lora_B.weight", &[6, 2]),
+            ("base_model.model.m.e.lora_embedding_A", &[2, 9]),
+            ("base_model.model.m.q.lora_A.weight", &[2, 4]),
+            ("base_model.model.m.e.lora_embedding_B", &[4, 2]),
+        ])
+        .unwrap();
+        let found: Vec<_> = layout.modules.iter().map(|m| (&m.name[..], m.a, m.b)).collect();
+        assert_eq!(found, [("m.e", 1, 3), ("m.q", 2, 0)]);
+        assert_eq!(layout.notes, Vec::<String>::new());
+        let name = layout.modules[0].tensor_name(Factor::B);
+        assert_eq!(name, "base_model.model.m.e.lora_embedding_B");
+    }
+
+    #[test]
+    fn old_names_are_read_and_noted() {
+        let layout =
+            layout(&[("q.lora_A.default.weight", &[2, 4]), ("q.lora_B.default.weight", &[6, 2])])
+                .unwrap();
+        assert_eq!(layout.modules[0].tensor_name(Factor::A), "base_model.model.q.lora_A.weight");
+        assert!(layout.notes[0].contains(PREFIX) && layout.notes[1].contains("`default`"));
+    }
+
+    #[test]
+    fn faults_name_the_tensor() {
+        for (tensors, expected) in [
+            (&[("x.lora_B.weight", &[6, 2][..])][..], "`x` has no lora_A"),
+            (&[("x.lora_A.weight", &[2, 6][..])][..], "`x` has no lora_B"),
+            (&[("x.lora_A.weight", &[2, 4]), ("x.lora_B.weight", &[6, 3])], "3 columns"),
+            (&[("x.lora_A.weight", &[2]), ("x.lora_B.weight", &[6, 2])], "1 dimensions"),
+            (&[("x.lora_magnitude_vector", &[6])], "use_dora"),
+            (&[("lora_unet_x.lora_down.weight", &[6, 2])], "kohya"),
+            (&[("x.lora_a", &[6, 2])], "MLX"),
+            (&[("x.weight", &[6, 2])], "the model itself"),
+            (&[("mystery", &[6, 2])], "mystery: is not a LoRA factor"),
+            (&[("x.lora_A.weight", &[0, 4]), ("x.lora_B.weight", &[6, 0])], "rank 0"),
+        ] {
+            let error = layout(tensors).unwrap_err();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+}

@@ -1,0 +1,35 @@
+//! Combine LoRA adapters straight from their files, in bounded memory.
+//!
+//! The flow, and the modules in its order: an [`adapter`] file is opened, its `header` checked and
+//! its tensors paired into a [`layout`]; a `bank` lays adapters side by side, tensors matched by
+//! name; [`blocks`] cuts the job to a memory budget; a `source` hands out bytes, mapped or read;
+//! [`merge`] sums them with the [`kernels`] of the machine, and a `writer` puts the result down,
+//! whole or not at all. A [`Watch`] tells how far a job is, and stops it.
+
+pub mod adapter;
+mod bank;
+pub mod blocks;
+mod dtype;
+mod error;
+mod header;
+pub mod kernels;
+pub mod layout;
+pub mod merge;
+mod pattern;
+#[cfg(feature = "python")]
+mod python;
+mod source;
+#[cfg(test)]
+mod testing;
+mod watch;
+mod writer;
+
+pub use adapter::Adapter;
+pub use blocks::{Options, Plan};
+pub use dtype::Dtype;
+pub use error::{Error, Result};
+pub use header::Tensor;
+pub use merge::Soup;
+pub use pattern::first_match;
+pub use source::Io;
+pub use watch::Watch;

@@ -1,0 +1,5 @@
+//! Ways of combining adapters.
+
+mod soup;
+
+pub use soup::Soup;

@@ -1,0 +1,589 @@
+//! `soup`: Σ c_i A_i and Σ c_i s_i B_i, the factors summed apart, for any number of targets in one
+//! pass over the adapters.
+
+use std::{
+    ops::Range,
+    path::PathBuf,
+    sync::atomic::{AtomicUsize, Ordering::Relaxed},
+};
+
+use rayon::ThreadPoolBuilder;
+
+use crate::{
+    Dtype, Io,
+    adapter::Adapter,
+    bank::{Bank, Holder, Slot},
+    blocks::{Options, Piece, Plan, Run, STRIP, joined},
+    error::{At, Error, Result},
+    kernels::{Kernel, widest},
+    layout::Factor,
+    source::Source,
+    watch::Watch,
+    writer::Writer,
+};
+
+/// Weighted sums of the factors of adapters.
+pub struct Soup<'a> {
+    /// The adapters that any target has a coefficient for; no other is ever read.
+    bank: Bank<'a>,
+    /// One row a target, one number an adapter of `bank`.
+    coefficients: Vec<Vec<f64>>,
+    /// For each adapter of `bank` and each module of its layout, what B is multiplied with.
+    strengths: Option<Vec<&'a [f64]>>,
+    options: Options,
+    plan: Plan,
+}
+
+impl<'a> Soup<'a> {
+    /// Prepare the sums of `adapters`, one for each row of `coefficients`, which has a number for
+    /// each adapter. `strengths`, where given, has for each adapter and each module of its layout
+    /// what its B is multiplied with beside the coefficient.
+    ///
+    /// # Errors
+    /// No coefficient is other than zero, or not every one is finite; the adapters differ in
+    /// shape; the memory budget is too small.
+    pub fn new(
+        adapters: &'a [Adapter],
+        coefficients: &[Vec<f64>],
+        strengths: Option<&'a [Vec<f64>]>,
+        options: Options,
+    ) -> Result<Self> {
+        let fault = |what: &str| Err(Error::Setting(what.to_owned()));
+        if coefficients.is_empty() || coefficients.iter().any(|row| row.len() != adapters.len()) {
+            return fault("expected a coefficient for each adapter and target");
+        }
+        let most = f64::from(f32::MAX);
+        if !coefficients.iter().flatten().all(|c| c.abs() <= most) {
+            return fault("a coefficient is not a finite number of float32");
+        }
+        if coefficients.iter().any(|row| row.iter().all(|&c| c == 0.0)) {
+            return fault("all coefficients of a target are zero");
+        }
+        let chosen: Vec<usize> =
+            (0..adapters.len()).filter(|&i| coefficients.iter().any(|row| row[i] != 0.0)).collect();
+        let strengths = match strengths {
+            None => None,
+            Some(all) => {
+                let fits = |i: &usize| {
+                    all.get(*i).is_some_and(|s| {
+                        s.len() == adapters[*i].layout.modules.len()
+                            && s.iter().all(|s| s.is_finite())
+                    })
+                };
+                if !chosen.iter().all(fits) {
+                    return fault("expected a finite strength for each adapter and module");
+                }
+                Some(chosen.iter().map(|&i| &all[i][..]).collect())
+            }
+        };
+        let bank = Bank::new(chosen.iter().map(|&i| &adapters[i]).collect())?;
+        let coefficients: Vec<Vec<f64>> =
+            coefficients.iter().map(|row| chosen.iter().map(|&i| row[i]).collect()).collect();
+        let plan = Plan::new(&bank, coefficients.len(), &options)?;
+        Ok(Self { bank, coefficients, strengths, options, plan })
+    }
+
+    /// What the job will read and take.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// Write one safetensors file of type `dtype` for each target. All appear, or none.
+    ///
+    /// # Errors
+    /// A file cannot be read or written, or changed meanwhile; a tensor or a sum is not finite;
+    /// `watch` said to stop.
+    pub fn write(&self, outputs: &[PathBuf], dtype: Dtype, watch: &Watch) -> Result<()> {
+        if outputs.len() != self.coefficients.len() {
+            return Err(Error::Setting("expected an output for each target".to_owned()));
+        }
+        let open = |adapter: &&Adapter| Source::new(adapter.file()?, self.io()).at(&adapter.path);
+        let sources = self.bank.adapters.iter().map(open).collect::<Result<Vec<_>>>()?;
+        let tensors = self.bank.slots.iter().map(|slot| (&slot.name[..], &slot.shape[..]));
+        let writers = outputs
+            .iter()
+            .map(|path| Writer::create(path, dtype, tensors.clone()))
+            .collect::<Result<Vec<_>>>()?;
+        let pool = ThreadPoolBuilder::new()
+            .num_threads(self.plan.threads)
+            .build()
+            .map_err(|error| Error::Setting(error.to_string()))?;
+        let next = AtomicUsize::new(0);
+        let work = || {
+            let mut worker = Worker::new(self, &sources, watch);
+            while let Some(block) = self.plan.block(next.fetch_add(1, Relaxed)) {
+                let done = worker.write(block, &writers, dtype);
+                if done.is_err() {
+                    watch.stop(); // the other threads need not finish theirs
+                    return done;
+                }
+            }
+            Ok(())
+        };
+        let results = pool.broadcast(|_| work());
+        // The fault itself comes before the `Stopped` of the threads that it stopped.
+        let (stopped, done): (Vec<_>, Vec<_>) =
+            results.into_iter().partition(|result| matches!(result, Err(Error::Stopped)));
+        done.into_iter().chain(stopped).collect::<Result<()>>()?;
+        self.bank.adapters.iter().try_for_each(|adapter| adapter.still_unchanged())?;
+        writers.into_iter().try_for_each(Writer::finish)
+    }
+
+    fn io(&self) -> Io {
+        self.options.io(self.coefficients.len())
+    }
+
+    /// The factor by which a target's sum takes a holder's tensor.
+    fn weight(&self, target: usize, slot: &Slot, holder: Holder) -> f32 {
+        let strength = match (&self.strengths, slot.factor) {
+            (Some(strengths), Factor::B) => strengths[holder.adapter][holder.module],
+            _ => 1.0,
+        };
+        (self.coefficients[target][holder.adapter] * strength) as f32
+    }
+
+    /// The bytes of a piece within the file of one of its holders.
+    fn bytes(&self, piece: &Piece, holder: Holder) -> Range<u64> {
+        let tensor = self.bank.tensor(holder);
+        let at = |element: usize| tensor.bytes.start + (element * tensor.dtype.bytes()) as u64;
+        at(piece.start)..at(piece.start + piece.len)
+    }
+
+    /// Those bytes, in place or read into `buffer`.
+    fn row<'b>(
+        &self,
+        sources: &'b [Source],
+        holder: Holder,
+        range: &Range<u64>,
+        buffer: &'b mut [u64],
+    ) -> Result<Row<'b>> {
+        let buffer = bytemuck::cast_slice_mut(buffer);
+        let bytes = sources[holder.adapter].bytes(range.clone(), buffer);
+        Ok((self.bank.tensor(holder).dtype, bytes.at(&self.bank.adapters[holder.adapter].path)?))
+    }
+
+    /// Those of a slot's holders that are among `adapters`.
+    fn holders(&self, slot: &'a Slot, adapters: &Range<usize>) -> &[Holder] {
+        let from = slot.holders.partition_point(|holder| holder.adapter < adapters.start);
+        let to = slot.holders.partition_point(|holder| holder.adapter < adapters.end);
+        &slot.holders[from..to]
+    }
+}
+
+/// One thread's share: its buffers, kept from block to block.
+struct Worker<'a> {
+    soup: &'a Soup<'a>,
+    sources: &'a [Source],
+    watch: &'a Watch,
+    kernel: Kernel,
+    /// The block's sums, one row a target.
+    sums: Vec<f32>,
+    /// A strip of each row of a group that is not float32, or not aligned.
+    widened: Vec<f32>,
+    /// What positional reads fill; in words, so that float32 is aligned in it.
+    read: Vec<u64>,
+}
+
+impl<'a> Worker<'a> {
+    fn new(soup: &'a Soup<'a>, sources: &'a [Source], watch: &'a Watch) -> Self {
+        let widened = vec![0.0; soup.plan.group * STRIP];
+        Self { soup, sources, watch, kernel: widest(), sums: vec![], widened, read: vec![] }
+    }
+
+    /// Sum a block for every target, and write it.
+    fn write(&mut self, block: &[Run], writers: &[Writer], dtype: Dtype) -> Result<()> {
+        let everyone = 0..self.soup.bank.adapters.len();
+        let targets = writers.len();
+        let allow_nan = self.soup.options.allow_nan;
+        self.sum(block, 0..targets, std::slice::from_ref(&everyone))?;
+        if allow_nan && targets > 1 && !self.sums.iter().all(|sum| sum.is_finite()) {
+            // 0 · NaN is NaN: a target must not take NaN from an adapter that is not its own.
+            for (target, writer) in writers.iter().enumerate() {
+                let own = |i: &usize| self.soup.coefficients[target][*i] != 0.0;
+                let own: Vec<_> = everyone.clone().filter(own).map(|i| i..i + 1).collect();
+                self.sum(block, target..target + 1, &own)?;
+                write_block(block, &self.sums, writer)?;
+            }
+            return Ok(());
+        }
+        for (sums, writer) in self.sums.chunks(columns(block)).zip(writers) {
+            match write_block(block, sums, writer)? {
+                Some(piece) if !allow_nan => return Err(self.blame(&piece, dtype)),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Sum a block over `adapters` for some targets, into `self.sums`.
+    fn sum(
+        &mut self,
+        block: &[Run],
+        targets: Range<usize>,
+        adapters: &[Range<usize>],
+    ) -> Result<()> {
+        let stride = columns(block);
+        self.sums.clear();
+        self.sums.resize(targets.len() * stride, 0.0);
+        let mut start = 0;
+        for run in block {
+            for group in adapters.iter().flat_map(|range| groups(range, self.soup.plan.group)) {
+                self.each_range(run, &group, Source::announce);
+                let mut at = start;
+                for piece in &run.pieces {
+                    self.add(piece, at, stride, &targets, &group)?;
+                    at += piece.len;
+                }
+                self.each_range(run, &group, Source::release);
+            }
+            start += run.len;
+        }
+        Ok(())
+    }
+
+    /// Add a piece of a group of adapters to the sums, of which a row is `stride` long and the
+    /// piece begins at `at`.
+    fn add(
+        &mut self,
+        piece: &Piece,
+        at: usize,
+        stride: usize,
+        targets: &Range<usize>,
+        group: &Range<usize>,
+    ) -> Result<()> {
+        let soup = self.soup;
+        let slot = &soup.bank.slots[piece.slot];
+        let holders = soup.holders(slot, group);
+        if holders.is_empty() {
+            return Ok(());
+        }
+        let weights: Vec<f32> = targets
+            .clone()
+            .flat_map(|target| holders.iter().map(move |h| soup.weight(target, slot, *h)))
+            .collect();
+        let ranges: Vec<Range<u64>> = holders.iter().map(|h| soup.bytes(piece, *h)).collect();
+        let io = soup.io();
+        let room = |range: &Range<u64>| match io {
+            Io::Mmap => 0,
+            // In words, and a cache line apart: see `Options::io`.
+            Io::Read => ((range.end - range.start) as usize).next_multiple_of(64) / 8 + 8,
+        };
+        let needed = ranges.iter().map(room).sum();
+        if self.read.len() < needed {
+            self.read.resize(needed, 0);
+        }
+        let mut free = &mut self.read[..];
+        let mut rows = Vec::with_capacity(holders.len());
+        for (holder, range) in holders.iter().zip(&ranges) {
+            self.watch.go_on()?;
+            let (buffer, rest) = free.split_at_mut(room(range));
+            let row = soup.row(self.sources, *holder, range, buffer)?;
+            rows.push(row);
+            free = rest;
+        }
+        for start in (0..piece.len).step_by(STRIP) {
+            self.watch.go_on()?;
+            let strip = start..piece.len.min(start + STRIP);
+            let numbers: Vec<&[f32]> = rows
+                .iter()
+                .zip(self.widened.chunks_mut(STRIP))
+                .map(|(row, free)| numbers(row, &strip, free, self.kernel))
+                .collect();
+            (self.kernel.add_products)(&mut self.sums[at + start..], stride, &numbers, &weights);
+        }
+        self.watch.advance(rows.iter().map(|(_, bytes)| bytes.len()).sum());
+        Ok(())
+    }
+
+    /// What a group of adapters has of a run, as few ranges of each as it is, to `tell`.
+    fn each_range(&self, run: &Run, group: &Range<usize>, tell: fn(&Source, &Range<u64>)) {
+        for adapter in group.clone() {
+            let mut range = 0..0;
+            for piece in &run.pieces {
+                let slot = &self.soup.bank.slots[piece.slot];
+                let own = adapter..adapter + 1;
+                let Some(holder) = self.soup.holders(slot, &own).first() else { continue };
+                let next = self.soup.bytes(piece, *holder);
+                if next.start == range.end {
+                    range.end = next.end;
+                } else {
+                    tell(&self.sources[adapter], &range);
+                    range = next;
+                }
+            }
+            tell(&self.sources[adapter], &range);
+        }
+    }
+
+    /// Whose fault it is that the sum of a piece is not finite.
+    fn blame(&mut self, piece: &Piece, dtype: Dtype) -> Error {
+        let soup = self.soup;
+        let slot = &soup.bank.slots[piece.slot];
+        for holder in &slot.holders {
+            let adapter = soup.bank.adapters[holder.adapter];
+            let tensor = soup.bank.tensor(*holder);
+            let range = soup.bytes(piece, *holder);
+            self.read.resize((range.end - range.start).div_ceil(8) as usize, 0);
+            let row = match soup.row(self.sources, *holder, &range, &mut self.read) {
+                Ok(row) => row,
+                Err(error) => return error,
+            };
+            for start in (0..piece.len).step_by(STRIP) {
+                let strip = start..piece.len.min(start + STRIP);
+                let numbers = numbers(&row, &strip, &mut self.widened, self.kernel);
+                if let Some(number) = numbers.iter().find(|number| !number.is_finite()) {
+                    return Error::NotFinite {
+                        path: adapter.path.clone(),
+                        tensor: tensor.name.clone(),
+                        value: name(*number),
+                    };
+                }
+            }
+        }
+        Error::Overflow { tensor: slot.name.clone(), dtype }
+    }
+}
+
+/// The number of columns of a block.
+fn columns(block: &[Run]) -> usize {
+    block.iter().map(|run| run.len).sum()
+}
+
+/// `range` in parts of `length`; the last one may be shorter.
+fn groups(range: &Range<usize>, length: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+    let end = range.end;
+    range.clone().step_by(length).map(move |start| start..end.min(start + length))
+}
+
+/// Write a target's sums of a block; answers a piece that is not finite in the file's type.
+fn write_block(block: &[Run], sums: &[f32], writer: &Writer) -> Result<Option<Piece>> {
+    let mut at = 0;
+    let mut faulty = None;
+    for piece in joined(block) {
+        let finite = writer.write(piece.slot, piece.start, &sums[at..at + piece.len])?;
+        at += piece.len;
+        faulty = faulty.or((!finite).then_some(piece));
+    }
+    Ok(faulty)
+}
+
+/// A file's type and a run of its bytes.
+type Row<'b> = (Dtype, &'b [u8]);
+
+/// A strip of a row: in place where it lies ready as float32, else widened into `free`.
+fn numbers<'b>(
+    (dtype, bytes): &Row<'b>,
+    strip: &Range<usize>,
+    free: &'b mut [f32],
+    kernel: Kernel,
+) -> &'b [f32] {
+    let bytes = &bytes[strip.start * dtype.bytes()..strip.end * dtype.bytes()];
+    if *dtype == Dtype::F32
+        && cfg!(target_endian = "little")
+        && let Ok(numbers) = bytemuck::try_cast_slice(bytes)
+    {
+        return numbers;
+    }
+    let free = &mut free[..strip.len()];
+    (kernel.widen)(*dtype, bytes, free);
+    free
+}
+
+fn name(number: f32) -> &'static str {
+    if number.is_nan() {
+        "NaN"
+    } else if number > 0.0 {
+        "Inf"
+    } else {
+        "-Inf"
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{Spec, folder, read};
+
+    /// What the sums must be, in float64.
+    fn expected(
+        specs: &[Spec],
+        coefficients: &[f64],
+        strengths: Option<&[Vec<f64>]>,
+    ) -> Vec<Vec<f64>> {
+        (0..4)
+            .map(|tensor| {
+                let mut sums = vec![0.0; specs[0].numbers(tensor).len()];
+                for (i, spec) in specs.iter().enumerate() {
+                    let (module, is_b) = (tensor / 2, tensor % 2 == 1);
+                    let strength = strengths.filter(|_| is_b).map_or(1.0, |s| s[i][module]);
+                    for (sum, x) in sums.iter_mut().zip(spec.numbers(tensor)) {
+                        *sum += coefficients[i] * strength * f64::from(rounded(x, spec.dtype));
+                    }
+                }
+                sums
+            })
+            .collect()
+    }
+
+    fn rounded(x: f32, dtype: Dtype) -> f32 {
+        match dtype {
+            Dtype::F16 => half::f16::from_f32(x).to_f32(),
+            Dtype::BF16 => half::bf16::from_f32(x).to_f32(),
+            _ => x,
+        }
+    }
+
+    struct Case {
+        folder: tempfile::TempDir,
+        adapters: Vec<Adapter>,
+    }
+
+    impl Case {
+        fn new(specs: &[Spec]) -> Self {
+            let folder = folder();
+            let open = |(i, spec): (usize, &Spec)| {
+                Adapter::open(&spec.write(&folder, &format!("in{i}"))).unwrap()
+            };
+            let adapters = specs.iter().enumerate().map(open).collect();
+            Self { folder, adapters }
+        }
+
+        fn run(
+            &self,
+            coefficients: &[Vec<f64>],
+            strengths: Option<&[Vec<f64>]>,
+            options: Options,
+        ) -> Result<Vec<Vec<(String, Vec<f32>)>>> {
+            let outputs: Vec<PathBuf> = (0..coefficients.len())
+                .map(|k| self.folder.path().join(format!("out{k}")))
+                .collect();
+            Soup::new(&self.adapters, coefficients, strengths, options)?.write(
+                &outputs,
+                Dtype::F32,
+                &Watch::default(),
+            )?;
+            Ok(outputs.iter().map(read).collect())
+        }
+    }
+
+    fn specs() -> Vec<Spec> {
+        [Dtype::F32, Dtype::F16, Dtype::BF16]
+            .into_iter()
+            .cycle()
+            .take(11)
+            .enumerate()
+            .map(|(i, dtype)| Spec {
+                dtype,
+                seed: i as u32,
+                inner: 1501,
+                outer: 997,
+                ..Spec::default()
+            })
+            .collect()
+    }
+
+    #[test]
+    fn sums_equal_float64_for_mixed_types_many_targets_and_every_way_of_running() {
+        let specs = specs();
+        let case = Case::new(&specs);
+        let coefficients: Vec<Vec<f64>> = (0..7)
+            .map(|k| (0..11).map(|i| if i == k { 0.0 } else { 0.1 * (i as f64 - 4.0) }).collect())
+            .collect();
+        let strengths: Vec<Vec<f64>> = (0..11).map(|i| vec![1.0 + 0.1 * i as f64, 2.0]).collect();
+        let mut first = None;
+        for threads in [1, 2, 5] {
+            for io in [Io::Mmap, Io::Read] {
+                for memory in [3 << 20, 64 << 20] {
+                    let options = Options { threads, memory, io: Some(io), allow_nan: false };
+                    let got = case.run(&coefficients, Some(&strengths), options).unwrap();
+                    assert_eq!(*first.get_or_insert(got.clone()), got, "{threads} {io:?} {memory}");
+                }
+            }
+        }
+        for (target, got) in first.unwrap().iter().enumerate() {
+            let expected = expected(&specs, &coefficients[target], Some(&strengths));
+            for ((name, got), expected) in got.iter().zip(&expected) {
+                for (got, expected) in got.iter().zip(expected) {
+                    assert!((f64::from(*got) - expected).abs() < 2e-6, "{name}: {got} {expected}");
+                }
+            }
+            let alone = std::slice::from_ref(&coefficients[target]);
+            let alone = case.run(alone, Some(&strengths), Options::default()).unwrap();
+            assert_eq!(alone[0], *got, "one target alone and among others");
+        }
+    }
+
+    #[test]
+    fn adapters_without_a_coefficient_are_not_read() {
+        let specs = specs();
+        let case = Case::new(&specs);
+        std::fs::remove_file(&case.adapters[3].path).unwrap();
+        let mut coefficients = vec![0.0; 11];
+        coefficients[5] = 1.0;
+        let soup = Soup::new(
+            &case.adapters,
+            std::slice::from_ref(&coefficients),
+            None,
+            Options::default(),
+        )
+        .unwrap();
+        assert_eq!(soup.plan().bytes, 2 * (2 * 1501 + 997 * 2) * 2);
+        let got = case.run(&[coefficients], None, Options::default()).unwrap();
+        let same = rounded(specs[5].numbers(0)[7], specs[5].dtype);
+        assert_eq!(got[0][0].1[7], same);
+    }
+
+    #[test]
+    fn what_is_not_finite_is_named_or_let_through() {
+        let bad = Spec { first: Some(f32::NEG_INFINITY), ..Spec::default() };
+        let case = Case::new(&[Spec::default(), bad, Spec { seed: 5, ..Spec::default() }]);
+        let all = vec![0.5, 0.25, 0.25];
+        let without = vec![0.5, 0.0, 0.5];
+        let error = case.run(std::slice::from_ref(&all), None, Options::default()).unwrap_err();
+        let text = error.to_string();
+        assert!(text.contains("in1") && text.contains("`base_model.model.q.lora_A.weight`"));
+        assert!(text.contains("-Inf"), "{text}");
+        assert!(!case.folder.path().join("out0").exists());
+        let allow = Options { allow_nan: true, ..Options::default() };
+        let got = case.run(&[all, without.clone()], None, allow).unwrap();
+        assert_eq!(got[0][0].1[0], f32::NEG_INFINITY);
+        let alone = case.run(&[without], None, Options::default()).unwrap();
+        assert_eq!(got[1], alone[0], "0 times infinity stays out of the other target");
+    }
+
+    #[test]
+    fn an_overflow_is_not_blamed_on_a_member() {
+        let case = Case::new(&[Spec { first: Some(3e38), ..Spec::default() }]);
+        let error = case.run(&[vec![2.0]], None, Options::default()).unwrap_err();
+        assert!(matches!(error, Error::Overflow { dtype: Dtype::F32, .. }), "{error}");
+    }
+
+    #[test]
+    fn a_stopped_job_leaves_nothing() {
+        let case = Case::new(&specs());
+        let soup = Soup::new(&case.adapters, &[vec![0.1; 11]], None, Options::default()).unwrap();
+        let watch = Watch::default();
+        watch.stop();
+        let out = case.folder.path().join("out");
+        let error = soup.write(std::slice::from_ref(&out), Dtype::F32, &watch).unwrap_err();
+        assert!(matches!(error, Error::Stopped));
+        assert_eq!(std::fs::read_dir(case.folder.path()).unwrap().count(), 11);
+    }
+
+    #[test]
+    fn settings_that_cannot_be_are_refused() {
+        let case = Case::new(&[Spec::default(), Spec::default()]);
+        let short: &[Vec<f64>] = &[vec![1.0], vec![1.0]];
+        for (coefficients, strengths) in [
+            (vec![], None),
+            (vec![vec![1.0]], None),
+            (vec![vec![0.0, 0.0]], None),
+            (vec![vec![1.0, f64::NAN]], None),
+            (vec![vec![1.0, 1e39]], None),
+            (vec![vec![1.0, 1.0]], Some(short)),
+        ] {
+            let error = case.run(&coefficients, strengths, Options::default()).unwrap_err();
+            assert!(matches!(error, Error::Setting(_)), "{error}");
+        }
+    }
+}

@@ -1,0 +1,278 @@
+//! `lorameta_rs._core`: paths and a few hundred floats in, files out. The one file that knows
+//! Python; the tensors' bytes never cross into it.
+
+use std::{
+    path::PathBuf,
+    sync::{Arc, mpsc},
+    time::{Duration, UNIX_EPOCH},
+};
+
+use pyo3::{
+    exceptions::{PyKeyboardInterrupt, PyRuntimeError},
+    prelude::*,
+    types::PyType,
+};
+
+use crate::{
+    Dtype, Error, Io, Options, Plan, Result, Soup, Watch,
+    adapter::Adapter,
+    layout::{Factor, Kind, Layout},
+};
+
+/// How often Ctrl-C is looked for and progress is told: well within 100 ms.
+const PULSE: Duration = Duration::from_millis(40);
+
+#[pymodule]
+mod _core {
+    #[pymodule_export]
+    use super::{
+        PyAdapter, PyLayout, PyModule, PyPlan, first_match, open_adapters, plan_soup, soup,
+    };
+}
+
+/// One adapter file whose header has been read and checked.
+#[pyclass(frozen, name = "Adapter", module = "lorameta_rs._core")]
+struct PyAdapter(Adapter);
+
+#[pymethods]
+impl PyAdapter {
+    #[getter]
+    fn path(&self) -> PathBuf {
+        self.0.path.clone()
+    }
+
+    #[getter]
+    fn size(&self) -> u64 {
+        self.0.stamp().size
+    }
+
+    #[getter]
+    fn mtime_ns(&self) -> u128 {
+        let modified = self.0.stamp().modified;
+        modified.and_then(|t| t.duration_since(UNIX_EPOCH).ok()).map_or(0, |t| t.as_nanos())
+    }
+
+    #[getter]
+    fn layout(&self) -> PyLayout {
+        PyLayout(Arc::clone(&self.0.layout))
+    }
+}
+
+/// The modules of an adapter. Adapters opened together that have the same tensors in the same
+/// places have equal layouts.
+#[pyclass(frozen, name = "Layout", module = "lorameta_rs._core")]
+struct PyLayout(Arc<Layout>);
+
+#[pymethods]
+impl PyLayout {
+    #[getter]
+    fn modules(&self) -> Vec<PyModule> {
+        let shape = |tensor: usize| self.0.tensors[tensor].shape.clone();
+        let one = |module: &crate::layout::Module| PyModule {
+            name: module.name.clone(),
+            kind: match module.kind {
+                Kind::Linear => "linear",
+                Kind::Embedding => "embedding",
+                Kind::Conv => "conv",
+            },
+            rank: module.rank,
+            a_shape: shape(module.a),
+            b_shape: shape(module.b),
+            dtypes: [Factor::A, Factor::B]
+                .map(|factor| self.0.tensors[module.tensor(factor)].dtype.to_string())
+                .into(),
+        };
+        self.0.modules.iter().map(one).collect()
+    }
+
+    #[getter]
+    fn notes(&self) -> Vec<String> {
+        self.0.notes.clone()
+    }
+
+    fn __eq__(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
+    fn __hash__(&self) -> usize {
+        Arc::as_ptr(&self.0) as usize
+    }
+}
+
+/// One module of a layout.
+#[pyclass(frozen, get_all, name = "Module", module = "lorameta_rs._core")]
+struct PyModule {
+    name: String,
+    kind: &'static str,
+    rank: usize,
+    a_shape: Vec<usize>,
+    b_shape: Vec<usize>,
+    dtypes: (String, String),
+}
+
+/// What a job will read and take.
+#[pyclass(frozen, get_all, name = "Plan", module = "lorameta_rs._core")]
+struct PyPlan {
+    bytes: u64,
+    memory: usize,
+    threads: usize,
+}
+
+impl From<&Plan> for PyPlan {
+    fn from(plan: &Plan) -> Self {
+        Self { bytes: plan.bytes, memory: plan.memory, threads: plan.threads }
+    }
+}
+
+#[pyfunction]
+fn open_adapters<'py>(py: Python<'py>, paths: Vec<PathBuf>) -> PyResult<Vec<Bound<'py, PyAny>>> {
+    let opened = py.detach(|| Adapter::open_all(&paths));
+    let one = |opened| match opened {
+        Ok(adapter) => Ok(Bound::new(py, PyAdapter(adapter))?.into_any()),
+        Err(error) => Ok(to_python(py, error).into_value(py).into_bound(py).into_any()),
+    };
+    opened.into_iter().map(one).collect()
+}
+
+#[pyfunction]
+fn first_match(
+    py: Python<'_>,
+    patterns: Vec<String>,
+    names: Vec<String>,
+) -> PyResult<Vec<Option<usize>>> {
+    py.detach(|| crate::first_match(&patterns, &names)).map_err(|error| to_python(py, error))
+}
+
+#[pyfunction]
+#[pyo3(signature = (adapters, coefficients, *, strengths=None, threads=0, memory, io="auto"))]
+fn plan_soup(
+    py: Python<'_>,
+    adapters: Vec<Py<PyAdapter>>,
+    coefficients: Vec<Vec<f64>>,
+    strengths: Option<Vec<Vec<f64>>>,
+    threads: usize,
+    memory: usize,
+    io: &str,
+) -> PyResult<PyPlan> {
+    let adapters = unwrap(adapters);
+    let plan = || {
+        let options = Options { threads, memory, io: io_named(io)?, allow_nan: false };
+        let soup = Soup::new(&adapters, &coefficients, strengths.as_deref(), options)?;
+        Ok(PyPlan::from(soup.plan()))
+    };
+    py.detach(plan).map_err(|error| to_python(py, error))
+}
+
+#[pyfunction]
+#[pyo3(signature = (adapters, coefficients, outputs, *, strengths=None, dtype="float32",
+                    threads=0, memory, io="auto", allow_nan=false, progress=None))]
+#[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python function")]
+fn soup(
+    py: Python<'_>,
+    adapters: Vec<Py<PyAdapter>>,
+    coefficients: Vec<Vec<f64>>,
+    outputs: Vec<PathBuf>,
+    strengths: Option<Vec<Vec<f64>>>,
+    dtype: &str,
+    threads: usize,
+    memory: usize,
+    io: &str,
+    allow_nan: bool,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<PyPlan> {
+    let adapters = unwrap(adapters);
+    let prepare = || {
+        let options = Options { threads, memory, io: io_named(io)?, allow_nan };
+        Soup::new(&adapters, &coefficients, strengths.as_deref(), options)
+    };
+    let job = py.detach(prepare).map_err(|error| to_python(py, error))?;
+    let dtype = Dtype::from_name(dtype).ok_or_else(|| {
+        let text = format!("dtype is `{dtype}`, expected float32, float16 or bfloat16");
+        to_python(py, Error::Setting(text))
+    })?;
+    let total = job.plan().bytes;
+    interruptible(py, total, progress, |watch| job.write(&outputs, dtype, watch))?;
+    Ok(PyPlan::from(job.plan()))
+}
+
+fn unwrap(adapters: Vec<Py<PyAdapter>>) -> Vec<Adapter> {
+    adapters.into_iter().map(|adapter| adapter.get().0.clone()).collect()
+}
+
+fn io_named(name: &str) -> Result<Option<Io>> {
+    match name {
+        "auto" => Ok(None),
+        "mmap" => Ok(Some(Io::Mmap)),
+        "read" => Ok(Some(Io::Read)),
+        _ => Err(Error::Setting(format!("io is `{name}`, expected auto, mmap or read"))),
+    }
+}
+
+/// Run long work off the interpreter: tell `progress(done, total)` how far it is, stop it on
+/// Ctrl-C, and turn its error.
+fn interruptible<T: Send>(
+    py: Python<'_>,
+    total: u64,
+    progress: Option<Py<PyAny>>,
+    work: impl FnOnce(&Watch) -> Result<T> + Send,
+) -> PyResult<T> {
+    let watch = &Watch::default();
+    std::thread::scope(|scope| {
+        let (ended, end) = mpsc::channel::<()>();
+        let worker = scope.spawn(move || {
+            let _ended = ended; // dropped when the work is done, also by a panic
+            work(watch)
+        });
+        let mut interrupted = None;
+        let mut pulse = || {
+            py.check_signals()?;
+            progress.as_ref().map_or(Ok(()), |p| p.call1(py, (watch.done(), total)).map(drop))
+        };
+        while py.detach(|| end.recv_timeout(PULSE)) == Err(mpsc::RecvTimeoutError::Timeout) {
+            if interrupted.is_none() {
+                interrupted = pulse().err();
+                if interrupted.is_some() {
+                    watch.stop();
+                }
+            }
+        }
+        let result = py.detach(|| worker.join());
+        match (interrupted, result) {
+            (Some(error), _) => Err(error),
+            (None, Ok(Ok(done))) => pulse().map(|()| done),
+            (None, Ok(Err(error))) => Err(to_python(py, error)),
+            (None, Err(_)) => Err(PyRuntimeError::new_err("the core panicked: this is a bug")),
+        }
+    })
+}
+
+/// The exception of `lorameta_rs.errors` that an error becomes.
+fn to_python(py: Python<'_>, error: Error) -> PyErr {
+    let class = match &error {
+        Error::Stopped => return PyKeyboardInterrupt::new_err(()),
+        Error::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => "MissingFile",
+        Error::Io { .. } => "UnreadableFile",
+        Error::File { .. } | Error::Tensor { .. } | Error::Pattern { .. } => "InvalidAdapter",
+        Error::Shape { .. } => "LayoutMismatch",
+        Error::NotFinite { .. } | Error::Overflow { .. } => "NotFinite",
+        Error::Changed { .. } => "FileChanged",
+        Error::Memory { .. } | Error::Setting(_) => "InvalidSetting",
+    };
+    let raise = || -> PyResult<PyErr> {
+        let class = py.import("lorameta_rs.errors")?.getattr(class)?.cast_into::<PyType>()?;
+        Ok(match &error {
+            // `OSError(errno, text, filename)` sets its attributes.
+            Error::Io { path, source } => {
+                PyErr::from_type(class, (source.raw_os_error(), reason(source), path.clone()))
+            }
+            _ => PyErr::from_type(class, error.to_string()),
+        })
+    };
+    raise().unwrap_or_else(|error| error)
+}
+
+/// What the system said, without the number that Rust puts behind it.
+fn reason(source: &std::io::Error) -> String {
+    let text = source.to_string();
+    text.split(" (os error").next().unwrap_or_default().to_owned()
+}

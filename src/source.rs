@@ -1,0 +1,129 @@
+//! Where an adapter's bytes come from: mapped into memory, or read piece by piece.
+#![expect(unsafe_code, reason = "a mapped file, and giving its pages back")]
+
+use std::{fs::File, io, ops::Range};
+
+use memmap2::Mmap;
+
+/// How the bank is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Io {
+    /// Files are mapped into memory. A file that is cut short meanwhile kills the process.
+    #[default]
+    Mmap,
+    /// Positional reads, for network and FUSE mounts, where files may vanish.
+    Read,
+}
+
+/// One open file.
+pub(crate) enum Source {
+    Mapped(Mmap),
+    File(File),
+}
+
+impl Source {
+    pub(crate) fn new(file: File, io: Io) -> io::Result<Self> {
+        Ok(match io {
+            // SAFETY: the map is private, read-only and never written to by this process. What
+            // remains, a file cut short by others, is said where the user chooses (`Io`).
+            Io::Mmap => Self::Mapped(unsafe { Mmap::map(&file)? }),
+            Io::Read => Self::File(file),
+        })
+    }
+
+    /// The bytes of `range`, in place or read into the beginning of `buffer`.
+    pub(crate) fn bytes<'a>(
+        &'a self,
+        range: Range<u64>,
+        buffer: &'a mut [u8],
+    ) -> io::Result<&'a [u8]> {
+        match self {
+            Self::Mapped(map) => map
+                .get(range.start as usize..range.end as usize)
+                .ok_or_else(|| io::ErrorKind::UnexpectedEof.into()),
+            Self::File(file) => {
+                let buffer = &mut buffer[..(range.end - range.start) as usize];
+                read_exact_at(file, buffer, range.start)?;
+                Ok(buffer)
+            }
+        }
+    }
+
+    /// Ask for bytes that will all be needed at once: where they are not in the page cache, the
+    /// disk gets more than one request at a time.
+    pub(crate) fn announce(&self, range: &Range<u64>) {
+        #[cfg(unix)]
+        if let (Self::Mapped(map), false) = (self, range.is_empty()) {
+            let length = (range.end - range.start) as usize;
+            // Advice: where the system does not take it, the bytes are read when they are used.
+            let _ = map.advise_range(memmap2::Advice::WillNeed, range.start as usize, length);
+        }
+        #[cfg(not(unix))]
+        let _ = range;
+    }
+
+    /// Give the pages of `range` back, so that what is resident does not grow with the bank.
+    pub(crate) fn release(&self, range: &Range<u64>) {
+        #[cfg(unix)]
+        if let (Self::Mapped(map), false) = (self, range.is_empty()) {
+            let length = (range.end - range.start) as usize;
+            // SAFETY: the map is read-only and backed by a file; pages that are dropped are read
+            // from the file again when they are next used, so no slice into the map changes.
+            let _ = unsafe {
+                map.unchecked_advise_range(
+                    memmap2::UncheckedAdvice::DontNeed,
+                    range.start as usize,
+                    length,
+                )
+            };
+        }
+        #[cfg(not(unix))]
+        let _ = range;
+    }
+}
+
+#[cfg(unix)]
+fn read_exact_at(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, buffer, offset)
+}
+
+#[cfg(windows)]
+fn read_exact_at(file: &File, mut buffer: &mut [u8], mut offset: u64) -> io::Result<()> {
+    use std::os::windows::fs::FileExt;
+    while !buffer.is_empty() {
+        match file.seek_read(buffer, offset)? {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            n => {
+                buffer = &mut buffer[n..];
+                offset += n as u64;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    #[test]
+    fn both_backends_give_the_same_bytes_also_after_pages_were_released() {
+        let mut file = tempfile::tempfile().unwrap();
+        let written: Vec<u8> = (0..300_000u32).map(|i| i as u8).collect();
+        file.write_all(&written).unwrap();
+        for io in [Io::Mmap, Io::Read] {
+            let source = Source::new(file.try_clone().unwrap(), io).unwrap();
+            for range in [0..1, 5000..250_001, 299_999..300_000, 7..7] {
+                let mut buffer = vec![0; (range.end - range.start) as usize];
+                for _ in 0..2 {
+                    source.announce(&range);
+                    let wanted = &written[range.start as usize..range.end as usize];
+                    assert_eq!(source.bytes(range.clone(), &mut buffer).unwrap(), wanted);
+                    source.release(&range);
+                }
+            }
+            assert!(source.bytes(299_999..300_001, &mut [0; 2]).is_err());
+        }
+    }
+}

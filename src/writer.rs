@@ -1,0 +1,194 @@
+//! Write a safetensors file in pieces, from many threads; it appears whole or not at all.
+
+use std::{
+    borrow::Cow,
+    collections::BTreeMap,
+    fs::File,
+    io::{self, Write},
+    path::{Path, PathBuf},
+};
+
+use half::{bf16, f16};
+use serde_json::{Value, json};
+use tempfile::NamedTempFile;
+
+use crate::{
+    Dtype,
+    error::{At, Result},
+};
+
+/// A file that is being written beside its place.
+pub(crate) struct Writer {
+    path: PathBuf,
+    file: NamedTempFile,
+    dtype: Dtype,
+    /// Where each tensor begins, in the order in which they were announced.
+    starts: Vec<u64>,
+}
+
+impl Writer {
+    /// Begin `path` with a header for `tensors`, names and shapes, all of type `dtype`.
+    pub(crate) fn create<'a>(
+        path: &Path,
+        dtype: Dtype,
+        tensors: impl Iterator<Item = (&'a str, &'a [usize])> + Clone,
+    ) -> Result<Self> {
+        let (header, starts, size) = header(dtype, tensors);
+        let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let mut builder = tempfile::Builder::new();
+        #[cfg(unix)]
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666)); // less the umask
+        let mut file = builder.tempfile_in(folder).at(path)?;
+        file.write_all(&header).at(path)?;
+        file.as_file().set_len(size).at(path)?;
+        Ok(Self { path: path.to_owned(), file, dtype, starts })
+    }
+
+    /// Write `numbers` into `tensor` (its place in the list given to `create`), from its element
+    /// `start` on. Answers whether every number is finite in the file's type.
+    pub(crate) fn write(&self, tensor: usize, start: usize, numbers: &[f32]) -> Result<bool> {
+        let offset = self.starts[tensor] + (start * self.dtype.bytes()) as u64;
+        let (bytes, finite) = if self.dtype == Dtype::F32 && cfg!(target_endian = "little") {
+            // As they are; without a branch, so that the loop is widened.
+            let finite = numbers.iter().fold(true, |all, x| all & x.is_finite());
+            (Cow::Borrowed(bytemuck::cast_slice(numbers)), finite)
+        } else {
+            let (bytes, finite) = narrow(self.dtype, numbers);
+            (Cow::Owned(bytes), finite)
+        };
+        write_all_at(self.file.as_file(), &bytes, offset).at(&self.path)?;
+        Ok(finite)
+    }
+
+    /// Flush the file and give it its name.
+    pub(crate) fn finish(self) -> Result<()> {
+        self.file.as_file().sync_all().at(&self.path)?;
+        self.file.persist(&self.path).map_err(|error| error.error).at(&self.path)?;
+        Ok(())
+    }
+}
+
+/// The header, where each tensor begins, and the size of the whole file.
+fn header<'a>(
+    dtype: Dtype,
+    tensors: impl Iterator<Item = (&'a str, &'a [usize])> + Clone,
+) -> (Vec<u8>, Vec<u64>, u64) {
+    // PEFT's mark, which transformers asks for; `_` sorts before any module path.
+    let mut entries: BTreeMap<&str, Value> =
+        BTreeMap::from([("__metadata__", json!({"format": "pt"}))]);
+    let mut starts = Vec::new();
+    let mut end = 0;
+    for (name, shape) in tensors {
+        let start = end;
+        end += shape.iter().product::<usize>() as u64 * dtype.bytes() as u64;
+        starts.push(start);
+        let entry =
+            json!({"dtype": dtype.to_string(), "shape": shape, "data_offsets": [start, end]});
+        entries.insert(name, entry);
+    }
+    let mut json = json!(entries).to_string().into_bytes();
+    // Padded so that the data begins at a multiple of eight.
+    json.resize(json.len().next_multiple_of(8), b' ');
+    let data = 8 + json.len() as u64;
+    starts.iter_mut().for_each(|start| *start += data);
+    let mut header = (json.len() as u64).to_le_bytes().to_vec();
+    header.append(&mut json);
+    (header, starts, data + end)
+}
+
+/// `numbers` as little-endian bytes of `dtype`, and whether all of them are finite in it.
+fn narrow(dtype: Dtype, numbers: &[f32]) -> (Vec<u8>, bool) {
+    fn all<const N: usize>(
+        numbers: &[f32],
+        one: impl Fn(f32) -> ([u8; N], bool),
+    ) -> (Vec<u8>, bool) {
+        let mut bytes = vec![0; numbers.len() * N];
+        let mut finite = true;
+        for (place, &number) in bytes.as_chunks_mut::<N>().0.iter_mut().zip(numbers) {
+            let (converted, is_finite) = one(number);
+            *place = converted;
+            finite &= is_finite;
+        }
+        (bytes, finite)
+    }
+    match dtype {
+        Dtype::F16 => all(numbers, |x| {
+            let x = f16::from_f32(x);
+            (x.to_le_bytes(), x.is_finite())
+        }),
+        Dtype::BF16 => all(numbers, |x| {
+            let x = bf16::from_f32(x);
+            (x.to_le_bytes(), x.is_finite())
+        }),
+        _ => all(numbers, |x| (x.to_le_bytes(), x.is_finite())),
+    }
+}
+
+#[cfg(unix)]
+fn write_all_at(file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
+    std::os::unix::fs::FileExt::write_all_at(file, bytes, offset)
+}
+
+#[cfg(windows)]
+fn write_all_at(file: &File, mut bytes: &[u8], mut offset: u64) -> io::Result<()> {
+    use std::os::windows::fs::FileExt;
+    while !bytes.is_empty() {
+        match file.seek_write(bytes, offset)? {
+            0 => return Err(io::ErrorKind::WriteZero.into()),
+            n => {
+                bytes = &bytes[n..];
+                offset += n as u64;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::folder;
+    use safetensors::SafeTensors;
+
+    #[test]
+    fn the_safetensors_crate_reads_what_was_written() {
+        let folder = folder();
+        for (dtype, size) in [(Dtype::F32, 4), (Dtype::F16, 2), (Dtype::BF16, 2)] {
+            let path = folder.path().join(dtype.to_string());
+            let shapes: [(&str, &[usize]); 3] = [("a\n", &[3]), ("b", &[0, 2]), ("c", &[2, 1])];
+            let writer = Writer::create(&path, dtype, shapes.into_iter()).unwrap();
+            assert!(writer.write(2, 1, &[4.0]).unwrap());
+            assert!(writer.write(0, 0, &[1.0, -2.0, 0.5]).unwrap());
+            assert!(!writer.write(2, 0, &[f32::INFINITY]).unwrap());
+            assert!(!path.exists());
+            writer.finish().unwrap();
+            let bytes = std::fs::read(&path).unwrap();
+            let read = SafeTensors::deserialize(&bytes).unwrap();
+            assert_eq!(read.tensor("a\n").unwrap().shape(), [3]);
+            assert_eq!(read.tensor("a\n").unwrap().data().len(), 3 * size);
+            let (_, metadata) = SafeTensors::read_metadata(&bytes).unwrap();
+            assert_eq!(metadata.metadata().as_ref().unwrap()["format"], "pt");
+        }
+    }
+
+    #[test]
+    fn a_writer_that_is_dropped_leaves_nothing() {
+        let folder = folder();
+        let path = folder.path().join("out.safetensors");
+        let writer = Writer::create(&path, Dtype::F32, [("a", &[1][..])].into_iter()).unwrap();
+        drop(writer);
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn halves_are_rounded_to_nearest_even_and_overflow_is_said() {
+        let (bytes, finite) = narrow(Dtype::F16, &[2049.0, 2051.0]);
+        assert_eq!(
+            bytes,
+            [f16::from_f32(2048.0), f16::from_f32(2052.0)].map(f16::to_le_bytes).concat()
+        );
+        assert!(finite);
+        assert!(!narrow(Dtype::F16, &[65_520.0]).1);
+        assert!(narrow(Dtype::BF16, &[65_520.0]).1);
+    }
+}
