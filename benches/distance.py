@@ -14,9 +14,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
+
 from lorameta_rs import distance
 from lorameta_rs.fingerprint import Fingerprint, Fingerprints
-from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from collections.abc import Callable

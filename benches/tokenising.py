@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import tokenizers
+
 from lorameta_rs.fingerprint import token_distribution
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ pub mod merge;
 mod pattern;
 #[cfg(feature = "python")]
 mod python;
+mod scan;
 mod source;
 #[cfg(test)]
 mod testing;
@@ -31,5 +32,6 @@ pub use error::{Error, Result};
 pub use header::Tensor;
 pub use merge::Soup;
 pub use pattern::first_match;
+pub use scan::scan;
 pub use source::Io;
 pub use watch::Watch;

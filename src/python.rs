@@ -144,6 +144,12 @@ fn first_match(
 }
 
 #[pyfunction]
+fn scan(py: Python<'_>, adapter: Py<PyAdapter>) -> PyResult<Vec<(String, &'static str)>> {
+    let adapter = &adapter.get().0;
+    interruptible(py, adapter.stamp().size, None, |watch| crate::scan(adapter, watch))
+}
+
+#[pyfunction]
 #[pyo3(signature = (adapters, coefficients, *, strengths=None, threads=0, memory, io="auto"))]
 fn plan_soup(
     py: Python<'_>,
@@ -219,6 +225,7 @@ fn interruptible<T: Send>(
     let watch = &Watch::default();
     std::thread::scope(|scope| {
         let (ended, end) = mpsc::channel::<()>();
+        let end = &mut { end };
         let worker = scope.spawn(move || {
             let _ended = ended; // dropped when the work is done, also by a panic
             work(watch)
@@ -228,7 +235,12 @@ fn interruptible<T: Send>(
             py.check_signals()?;
             progress.as_ref().map_or(Ok(()), |p| p.call1(py, (watch.done(), total)).map(drop))
         };
-        while py.detach(|| end.recv_timeout(PULSE)) == Err(mpsc::RecvTimeoutError::Timeout) {
+        let mut wait = || {
+            // Borrowed uniquely: a receiver may be sent to another thread, but not shared with it.
+            let end = &mut *end;
+            py.detach(move || end.recv_timeout(PULSE))
+        };
+        while wait() == Err(mpsc::RecvTimeoutError::Timeout) {
             if interrupted.is_none() {
                 interrupted = pulse().err();
                 if interrupted.is_some() {

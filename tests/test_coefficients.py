@@ -6,6 +6,7 @@ import reference
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as stn
+
 from lorameta_rs import coefficients, paper
 from lorameta_rs.errors import InvalidBank, InvalidSetting
 

@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from lorameta_rs.config import FILE_NAME, AdapterConfig, as_json, portable_config
 from lorameta_rs.errors import InvalidAdapter, MissingFile, UnreadableFile
 

@@ -11,6 +11,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+
 from lorameta_rs.dataset import DatasetWarning, find, texts
 from lorameta_rs.errors import (
     InvalidDataset,

@@ -10,10 +10,11 @@ import scipy.spatial.distance
 import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
+
 from lorameta_rs import _metrics, coefficients, distance
 from lorameta_rs.errors import InvalidBank, InvalidDataset, InvalidSetting
 from lorameta_rs.fingerprint import Fingerprint, Fingerprints
-from safetensors import safe_open
 
 GOLDEN = Path(__file__).parent / "golden"
 LN2 = np.log(2.0)

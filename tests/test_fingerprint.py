@@ -16,6 +16,7 @@ import safetensors.numpy
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+
 from lorameta_rs.dataset import DatasetWarning
 from lorameta_rs.errors import FileChanged, InvalidBank, InvalidDataset, MissingFile, UnreadableFile
 from lorameta_rs.fingerprint import DatasetRecord, Fingerprint, Fingerprints, token_distribution

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import reference
+from safetensors.numpy import load_file
+
 from lorameta_rs import _metrics, coefficients, distance, paper
 from lorameta_rs.errors import InvalidBank, InvalidSetting
 from lorameta_rs.fingerprint import Fingerprint, Fingerprints
-from safetensors.numpy import load_file
 
 PAPER = Path(__file__).parent / "golden" / "paper"
 VOCAB = 512

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from lorameta_rs.relevance import effective_number, leave_one_out_nearest, relevance
 
 

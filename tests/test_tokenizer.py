@@ -7,9 +7,10 @@ import json
 
 import pytest
 import tokenizers
+from tokenizers import models, pre_tokenizers, processors
+
 from lorameta_rs.errors import InvalidBank, MissingFile, UnreadableFile
 from lorameta_rs.tokenizer import MAX_VOCAB_SIZE, Tokenizer
-from tokenizers import models, pre_tokenizers, processors
 
 
 def saved(path, vocabulary, unk_token="?", **settings):

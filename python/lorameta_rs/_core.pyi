@@ -1,0 +1,92 @@
+"""The compiled core: paths and a few hundred floats in, files out.
+
+Anything wrong with a file or an argument is raised as a class of `lorameta_rs.errors`.
+"""
+
+from collections.abc import Callable, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import final
+
+from lorameta_rs.errors import LoraMetaError
+
+@final
+class Adapter:
+    """One adapter file whose header has been read and checked."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def mtime_ns(self) -> int: ...
+    @property
+    def layout(self) -> Layout: ...
+
+@final
+class Layout:
+    """The modules of an adapter.
+
+    Adapters opened together that have the same tensors in the same places have equal layouts.
+    """
+
+    @property
+    def modules(self) -> list[Module]: ...
+    @property
+    def notes(self) -> list[str]: ...
+    def __eq__(self, other: object) -> bool: ...
+    def __hash__(self) -> int: ...
+
+@final
+class Module:
+    """One module of a layout; `kind` is linear, embedding or conv."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def a_shape(self) -> list[int]: ...
+    @property
+    def b_shape(self) -> list[int]: ...
+    @property
+    def dtypes(self) -> tuple[str, str]: ...
+
+@final
+class Plan:
+    """What a job will read, and allocate and keep mapped at most, in bytes."""
+
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def memory(self) -> int: ...
+    @property
+    def threads(self) -> int: ...
+
+def open_adapters(paths: Sequence[str | PathLike[str]]) -> list[Adapter | LoraMetaError]: ...
+def first_match(patterns: Sequence[str], names: Sequence[str]) -> list[int | None]: ...
+def scan(adapter: Adapter) -> list[tuple[str, str]]: ...
+def plan_soup(
+    adapters: Sequence[Adapter],
+    coefficients: Sequence[Sequence[float]],
+    *,
+    strengths: Sequence[Sequence[float]] | None = None,
+    threads: int = 0,
+    memory: int,
+    io: str = "auto",
+) -> Plan: ...
+def soup(
+    adapters: Sequence[Adapter],
+    coefficients: Sequence[Sequence[float]],
+    outputs: Sequence[str | PathLike[str]],
+    *,
+    strengths: Sequence[Sequence[float]] | None = None,
+    dtype: str = "float32",
+    threads: int = 0,
+    memory: int,
+    io: str = "auto",
+    allow_nan: bool = False,
+    progress: Callable[[int, int], object] | None = None,
+) -> Plan: ...

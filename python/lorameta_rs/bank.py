@@ -1,0 +1,387 @@
+"""A bank: a folder of adapters for one base model, each with its dataset or its fingerprint."""
+
+from __future__ import annotations
+
+import fnmatch
+import tomllib
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from lorameta_rs import dataset, files
+from lorameta_rs.config import FILE_NAME
+from lorameta_rs.errors import (
+    InvalidBank,
+    LayoutMismatch,
+    LoraMetaError,
+    MissingFile,
+)
+from lorameta_rs.fingerprint import Fingerprint, Fingerprints
+from lorameta_rs.member import MLX_WEIGHTS, PICKLE, WEIGHTS, Member, open_members
+from lorameta_rs.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from lorameta_rs._metrics import Floats
+    from lorameta_rs.ranking import Ranking
+
+SETTINGS = "bank.toml"
+TOKENIZER = "tokenizer.json"
+FINGERPRINT = "fingerprint.safetensors"
+ANY_BASE = "any"
+
+_MAX_SETTINGS = 1 << 20
+
+
+class Bank:
+    """The adapters of a folder, those left out, and why.
+
+    `members` and all that is made from them are in the order of `names`, which is sorted. A member
+    that cannot be used does not stop a bank: `left_out` says by name what is wrong with it.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        base_model: str | None = None,
+        fingerprints: str | os.PathLike[str] | None = None,
+        columns: Sequence[str] | None = None,
+        exclude: Sequence[str] = (),
+    ) -> None:
+        """Read the configuration and header of every adapter in `folder`.
+
+        Args:
+            folder: Holds a folder for each member, and the base model's `tokenizer.json`.
+            base_model: What the members' `base_model_name_or_path` has to be; `any` takes all
+                of them. Without it, what `bank.toml` says, else what most members say.
+            fingerprints: Where fingerprints are kept, for a bank that cannot be written to.
+            columns: The fields of the members' datasets to use.
+            exclude: Members to leave out; names, or patterns such as `task1*`.
+
+        Raises:
+            MissingFile, UnreadableFile: The folder cannot be read.
+            InvalidBank: No member can be used, or `bank.toml` is broken.
+        """
+        self.folder = Path(folder)
+        self.columns = None if columns is None else tuple(columns)
+        self._fingerprints_folder = None if fingerprints is None else Path(fingerprints)
+        self._settings = _Settings.load(self.folder)
+        self.members: list[Member] = []
+        self.left_out: dict[str, LoraMetaError] = {}
+        self.notes: list[str] = []
+        folders = [f for f in member_folders(self.folder) if not _matches(f.name, exclude)]
+        for one, opened in zip(folders, open_members(folders), strict=True):
+            if isinstance(opened, Member):
+                self.members.append(opened)
+                self.notes += [f"`{opened.name}`: {note}" for note in opened.notes]
+            else:
+                self.left_out[one.name] = opened
+        self.base_model = self._base_model(base_model)
+        self._leave_out_foreign()
+        if not self.members:
+            raise InvalidBank(self._nothing_usable())
+        self._note_odd_names()
+
+    @property
+    def names(self) -> list[str]:
+        """The members' names: their folders'."""
+        return [member.name for member in self.members]
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The base model's tokenizer.
+
+        Raises:
+            MissingFile: The bank has none.
+        """
+        path = self.folder / (self._settings.tokenizer or TOKENIZER)
+        if not path.exists():
+            hint = "copy the base model's `tokenizer.json` there"
+            raise MissingFile(2, f"the bank has no tokenizer; {hint}", str(path))
+        return Tokenizer(path)
+
+    @cached_property
+    def fingerprints(self) -> Fingerprints:
+        """The members' token counts as one sparse matrix [n, vocabulary], a row a member.
+
+        Raises:
+            InvalidBank: A member has no fresh fingerprint; `index` makes them.
+        """
+        faults = self.unfingerprinted()
+        if faults:
+            name, reason = next(iter(faults.items()))
+            raise InvalidBank(
+                f"`{self.folder}`: {len(faults)} of {len(self)} members have no usable "
+                f"fingerprint, first `{name}`: {reason}\nmake them with `lorameta-rs index`"
+            )
+        return Fingerprints.stack([self._loaded[name] for name in self.names])
+
+    def unfingerprinted(self) -> dict[str, str]:
+        """The members without a fresh fingerprint, and why."""
+        reasons = {}
+        for member in self.members:
+            reason = self._stale(member)
+            if reason is not None:
+                reasons[member.name] = reason
+        return reasons
+
+    def fingerprint_path(self, member: Member) -> Path:
+        """Where a member's fingerprint lies, or will."""
+        if self._fingerprints_folder is None:
+            return member.folder / FINGERPRINT
+        return self._fingerprints_folder / member.name / FINGERPRINT
+
+    @property
+    def index_path(self) -> Path:
+        """Where `index` keeps what later commands would compute again."""
+        return (self._fingerprints_folder or self.folder) / "index.json"
+
+    def dataset(self, member: Member) -> Path | None:
+        """A member's dataset, if it has one."""
+        named = self._settings.datasets.get(member.name)
+        return dataset.find(member.folder) if named is None else self.folder / named
+
+    def keep(self, name: str, fingerprint: Fingerprint) -> None:
+        """Take a fingerprint that was just made, instead of the one on disk."""
+        self._loaded[name] = fingerprint
+        self.__dict__.pop("fingerprints", None)
+
+    def leave_out(self, reasons: Mapping[str, LoraMetaError]) -> None:
+        """Go on without some members.
+
+        Raises:
+            InvalidBank: None remains.
+        """
+        self.left_out |= reasons
+        self.members = [member for member in self.members if member.name not in reasons]
+        self.__dict__.pop("fingerprints", None)
+        if not self.members:
+            raise InvalidBank(self._nothing_usable())
+
+    def require(self, names: Iterable[str]) -> None:
+        """See that members which were asked for by name can be used.
+
+        Raises:
+            LoraMetaError: What is wrong with the first that cannot.
+        """
+        for name in names:
+            if name in self.left_out:
+                raise self.left_out[name]
+
+    def rank(self, target: Fingerprint, **settings: Any) -> Ranking:
+        """The members' distances from a dataset, and the coefficients made of them.
+
+        `settings` are the fields of `ranking.Settings`; see `ranking.rank`.
+        """
+        from lorameta_rs.ranking import Settings, rank
+
+        return rank(self, target, Settings(**settings))
+
+    def merge(self, coefficients: Floats, out: str | os.PathLike[str], **options: Any) -> Path:
+        """Write the adapter Σ c_i (adapter i), the factors summed apart, as a PEFT folder.
+
+        Args:
+            coefficients: One number a member [n], in the order of `names`.
+            out: The folder to be made.
+            options: The fields of `merge.Options`: `dtype`, `threads`, `memory`, `force`, ….
+
+        Returns:
+            The path of the folder.
+
+        Raises:
+            LoraMetaError: As `merge.merge`.
+        """
+        from lorameta_rs.merge import Job, Options, merge
+
+        merge(self, [Job(coefficients, Path(out))], Options(**options))
+        return Path(out)
+
+    @cached_property
+    def _loaded(self) -> dict[str, Fingerprint]:
+        """The fingerprints on disk that can be read."""
+        loaded = {}
+        for member in self.members:
+            try:
+                loaded[member.name] = Fingerprint.load(self.fingerprint_path(member))
+            except MissingFile:
+                pass
+            except LoraMetaError as error:
+                self.notes.append(f"`{member.name}`: {error}")
+        return loaded
+
+    def _stale(self, member: Member) -> str | None:
+        fingerprint = self._loaded.get(member.name)
+        data = self.dataset(member)
+        if fingerprint is None:
+            return "it has no fingerprint" + ("" if data else " and no dataset")
+        has_tokenizer = (self.folder / (self._settings.tokenizer or TOKENIZER)).exists()
+        columns = self.columns if data is not None else fingerprint.columns
+        return fingerprint.staleness(
+            dataset=data, tokenizer=self.tokenizer if has_tokenizer else None, columns=columns
+        )
+
+    def _base_model(self, asked: str | None) -> str | None:
+        """The base model that members have to be for, None for any."""
+        if asked is not None:
+            return None if asked == ANY_BASE else asked
+        if self._settings.base_model is not None:
+            return self._settings.base_model
+        said = [member.config.base_model_name_or_path for member in self.members]
+        counted = Counter(name for name in said if name is not None)
+        return max(counted, key=lambda name: counted[name], default=None)
+
+    def _leave_out_foreign(self) -> None:
+        """Leave out members of another base model, or of other matrices than the others change."""
+        kept = []
+        shapes = _usual_shapes(self.members)
+        for member in self.members:
+            fault = self._other_base(member) or _other_shape(member, shapes)
+            if fault is None:
+                kept.append(member)
+            else:
+                self.left_out[member.name] = fault
+        self.members = kept
+        every = {module.name for member in kept for module in member.modules}
+        for member in kept:
+            lacking = sorted(every - {module.name for module in member.modules})
+            if lacking:
+                self.notes.append(
+                    f"`{member.name}`: has no `{lacking[0]}`"
+                    + (f" and {len(lacking) - 1} other modules" if len(lacking) > 1 else "")
+                    + ", which others have; it counts as zero there"
+                )
+
+    def _other_base(self, member: Member) -> LayoutMismatch | None:
+        base = member.config.base_model_name_or_path
+        if self.base_model is None or base is None or base == self.base_model:
+            return None
+        if _last_part(base) == _last_part(self.base_model):
+            self.notes.append(
+                f"`{member.name}`: `base_model_name_or_path` is `{base}`, taken for "
+                f"`{self.base_model}`"
+            )
+            return None
+        return LayoutMismatch(
+            f"`{member.folder / FILE_NAME}`: `base_model_name_or_path` is `{base}`, the bank's is "
+            f"`{self.base_model}`\nchoose one with --base-model, or take all with "
+            f"--base-model {ANY_BASE}"
+        )
+
+    def _nothing_usable(self) -> str:
+        if not self.left_out:
+            if (self.folder / FILE_NAME).exists():
+                return f"`{self.folder}` is one adapter; a bank is a folder of adapter folders"
+            return f"`{self.folder}` holds no adapter folder: no member has a `{WEIGHTS}`"
+        reasons = "\n".join(str(error) for error in list(self.left_out.values())[:3])
+        return f"`{self.folder}`: none of {len(self.left_out)} members can be used\n{reasons}"
+
+    def _note_odd_names(self) -> None:
+        if len(self) == 1:
+            self.notes.append(f"`{self.names[0]}` is the only member: every merge is a copy of it")
+        for _, alike in _grouped({name: name.casefold() for name in self.names}).items():
+            if len(alike) > 1:
+                listed = ", ".join(f"`{name}`" for name in alike)
+                self.notes.append(f"the names {listed} differ in case only")
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What the user's `bank.toml` says; every key is optional."""
+
+    base_model: str | None = None
+    tokenizer: str | None = None
+    datasets: dict[str, str] = field(default_factory=dict)
+    families: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, folder: Path) -> _Settings:
+        path = folder / SETTINGS
+        if not path.exists():
+            with files.refusals(folder):
+                folder.stat()
+            return cls()
+        with files.reading(path) as file:
+            text = file.read(_MAX_SETTINGS)
+        try:
+            found = tomllib.loads(text.decode())
+        except (ValueError, RecursionError) as error:
+            raise InvalidBank(f"`{path}`: not TOML: {error}") from error
+        bank = found.get("bank", {})
+        datasets, families = found.get("datasets", {}), found.get("families", {})
+        for name, table in (("bank", bank), ("datasets", datasets), ("families", families)):
+            texts = isinstance(table, dict) and all(isinstance(v, str) for v in table.values())
+            if not texts:
+                raise InvalidBank(f"`{path}`: `[{name}]` has to be a table of texts")
+        return cls(bank.get("base_model"), bank.get("tokenizer"), datasets, families)
+
+
+def member_folders(bank: Path) -> list[Path]:
+    """The folders of a bank that hold, or seem to be meant to hold, an adapter."""
+    with files.refusals(bank):
+        entries = sorted(bank.iterdir(), key=lambda path: path.name)
+    return [entry for entry in entries if entry.is_dir() and _is_member(entry)]
+
+
+def _is_member(folder: Path) -> bool:
+    known = (FILE_NAME, WEIGHTS, PICKLE, MLX_WEIGHTS, FINGERPRINT)
+    try:
+        present = {entry.name for entry in folder.iterdir()}
+        return not present.isdisjoint(known) or dataset.find(folder) is not None
+    except (OSError, LoraMetaError):
+        return False
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _grouped(keys: Mapping[str, str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for name, key in keys.items():
+        groups.setdefault(key, []).append(name)
+    return groups
+
+
+def _outer_shapes(member: Member) -> dict[str, tuple[int, ...]]:
+    """Of each module, the shape of the matrix that it changes: all of A and B but the rank."""
+    return {
+        module.name: (module.b_shape[0], *module.a_shape[1:], *module.b_shape[2:])
+        for module in member.modules
+    }
+
+
+def _usual_shapes(members: Sequence[Member]) -> dict[str, tuple[int, ...]]:
+    """Of each module, the shape that most members have; of several the first."""
+    counted: dict[str, Counter[tuple[int, ...]]] = {}
+    # Members with one layout have the same shapes: they are counted together.
+    layouts = Counter(member.adapter.layout for member in members)
+    seen = set()
+    for member in members:
+        layout = member.adapter.layout
+        if layout not in seen:
+            seen.add(layout)
+            for name, shape in _outer_shapes(member).items():
+                counted.setdefault(name, Counter())[shape] += layouts[layout]
+    return {name: counter.most_common(1)[0][0] for name, counter in counted.items()}
+
+
+def _other_shape(member: Member, usual: Mapping[str, tuple[int, ...]]) -> LayoutMismatch | None:
+    for name, shape in _outer_shapes(member).items():
+        if shape != usual[name]:
+            return LayoutMismatch(
+                f"`{member.folder / WEIGHTS}`: `{name}` changes a matrix of shape {shape}, in the "
+                f"rest of the bank it is {usual[name]}: an adapter of another base model?"
+            )
+    return None
+
+
+def _last_part(name: str) -> str:
+    return PurePosixPath(name.replace("\\", "/")).name

@@ -1,0 +1,82 @@
+"""The model card of a generated adapter: `README.md` as the Hub renders it."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lorameta_rs.provenance import Provenance
+
+_SHOWN = 20
+
+
+def model_card(record: Provenance, config: dict[str, object], out: Path) -> str:
+    """What a stranger should know of the adapter, in Markdown with the Hub's front matter."""
+    base = config["base_model_name_or_path"]
+    front = ["library_name: peft", "tags: [lora, lorameta-rs]"]
+    if base is not None:
+        front.insert(0, f"base_model: {json.dumps(base)}")
+    lines = ["---", *front, "---", "", f"# {out.name}", "", _summary(record), ""]
+    lines += [*_table(record), "", *_relevance(record)]
+    lines += ["## Use", "", "```python", "from peft import PeftModel"]
+    lines += ["from transformers import AutoModelForCausalLM", ""]
+    lines += [
+        f"model = AutoModelForCausalLM.from_pretrained({json.dumps(base or 'the base model')})",
+        f"model = PeftModel.from_pretrained(model, {json.dumps(out.name)})",
+        "```",
+        "",
+        "`lorameta.json` beside this file holds what is needed to make the adapter again:",
+        "",
+        "```sh",
+        f"lorameta-rs merge --repeat {_quoted(out.name)}/lorameta.json -o again",
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _summary(record: Provenance) -> str:
+    count = len(record.members)
+    made = (
+        f"A LoRA adapter that [lorameta-rs](https://pypi.org/project/lorameta-rs/) "
+        f"{record.version} combined from {count} other{'s' if count != 1 else ''} "
+        f"(`{record.method}`), without training"
+    )
+    if record.target is None:
+        return made + ", by coefficients that its maker gave."
+    settings = record.settings
+    return (
+        made + ": each weighs the more, the more its dataset's token counts are like the new "
+        f"dataset's (metric `{settings['metric']}`, pipeline `{settings['pipeline']}`; "
+        "[arXiv 2507.01806](https://arxiv.org/abs/2507.01806))."
+    )
+
+
+def _table(record: Provenance) -> list[str]:
+    largest = sorted(record.members, key=lambda member: -abs(member["coefficient"]))
+    lines = ["| adapter | distance | coefficient |", "| --- | --- | --- |"]
+    for member in largest[:_SHOWN]:
+        distance = "" if member["distance"] is None else f"{member['distance']:.4f}"
+        name = member["name"].replace("|", "\\|")
+        lines.append(f"| {name} | {distance} | {member['coefficient']:.4f} |")
+    if len(largest) > _SHOWN:
+        lines += ["", f"… and {len(largest) - _SHOWN} more with smaller coefficients."]
+    return lines
+
+
+def _relevance(record: Provenance) -> list[str]:
+    found = record.relevance
+    if found is None:
+        return []
+    text = f"The nearest dataset is that of `{found['nearest']}`, at {found['distance']:.4f}"
+    if found["percentile"] is not None:
+        text += f": farther than {found['percentile']:.0f} % of the bank's own are from theirs"
+    return [f"{text}. In effect {found['effective_number']:.1f} adapters take part.", ""]
+
+
+def _quoted(name: str) -> str:
+    import shlex
+
+    return shlex.quote(name)

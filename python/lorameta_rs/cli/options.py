@@ -1,0 +1,121 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lorameta_rs.bank import Bank
+    from lorameta_rs.ranking import Settings
+
+    Command = Callable[..., Any]
+
+# The names are those of `distance.METRICS`, `coefficients.PIPELINES` and `merge`, whose import
+# would load numpy; a test compares them.
+METRICS = ("js", "kl", "wasserstein", "mmd", "cosine")
+PIPELINES = ("normalized", "attentional", "nearest", "uniform")
+METHODS = ("soup",)
+DTYPES = ("float32", "float16", "bfloat16")
+
+PATH = click.Path(path_type=Path)
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+threads = click.option(
+    "--threads", type=click.IntRange(0), default=0, help="Worker threads; 0 for one a core."
+)
+
+
+class Columns(click.ParamType):
+    """Names of fields, separated by commas."""
+
+    name = "NAME,…"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        """The names as a tuple."""
+        if isinstance(value, tuple):
+            return value
+        names = tuple(name.strip() for name in str(value).split(","))
+        if not all(names):
+            self.fail(f"{value!r}: expected names separated by commas", param, ctx)
+        return names
+
+
+def bank(function: Command) -> Command:
+    """Which members a bank has."""
+    for decorate in (
+        click.option(
+            "--base-model",
+            metavar="NAME",
+            help="The members' base model; `any` takes members of all. By default what "
+            "bank.toml says, or else what most members say.",
+        ),
+        click.option(
+            "--exclude", metavar="PATTERN", multiple=True, help="Leave members out, by name."
+        ),
+        click.option(
+            "--columns",
+            type=Columns(),
+            help="The fields of all datasets to use; several are joined by a newline.",
+        ),
+        click.option(
+            "--fingerprints",
+            type=PATH,
+            metavar="DIR",
+            help="Keep fingerprints there, for a bank that cannot be written to.",
+        ),
+    ):
+        function = decorate(function)
+    return function
+
+
+def settings(function: Command) -> Command:
+    """How distances become coefficients."""
+    for decorate in (
+        click.option("--min-similarity", type=float, help="Keep members at least this similar."),
+        click.option("--mass", type=float, help="Keep the largest that hold this share."),
+        click.option("--top-k", type=int, help="Keep this many of the largest coefficients."),
+        click.option(
+            "--temperature", type=float, default=1.0, show_default=True, help="τ of `normalized`."
+        ),
+        click.option(
+            "--pipeline",
+            type=click.Choice(PIPELINES),
+            default=PIPELINES[0],
+            show_default=True,
+            help="How distances become coefficients.",
+        ),
+        click.option(
+            "--metric",
+            type=click.Choice(METRICS),
+            default=METRICS[0],
+            show_default=True,
+            help="How datasets are compared.",
+        ),
+    ):
+        function = decorate(function)
+    return function
+
+
+SETTINGS = ("metric", "pipeline", "temperature", "top_k", "mass", "min_similarity")
+BANK = ("base_model", "exclude", "columns", "fingerprints")
+
+
+def settings_from(arguments: dict[str, Any]) -> Settings:
+    """The settings among a command's arguments."""
+    from lorameta_rs.ranking import Settings
+
+    return Settings(**{name: arguments[name] for name in SETTINGS})
+
+
+def bank_from(folder: Path, arguments: dict[str, Any]) -> Bank:
+    """The bank in `folder`, as a command's arguments want it."""
+    from lorameta_rs.bank import Bank
+
+    return Bank(folder, **{name: arguments[name] for name in BANK})

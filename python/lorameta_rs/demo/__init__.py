@@ -1,0 +1,38 @@
+"""The demo: a small real bank that comes with the package, and a dataset that is not in it.
+
+A dozen adapters of a tiny model (`README.md` beside this file says which), copied out to be used.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+
+from lorameta_rs.files import refusals
+from lorameta_rs.staging import staged
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Where the demo was copied to."""
+
+    bank: Path
+    """A dozen adapters with their datasets."""
+    dataset: Path
+    """A dataset of none of them."""
+
+
+def copy_out(folder: Path) -> Demo:
+    """Copy the demo's bank and dataset into a new folder.
+
+    Raises:
+        OutputExists: The folder exists.
+        UnreadableFile: It cannot be made.
+    """
+    with staged([folder], owned=(), force=False) as (stage,), refusals(folder):
+        with as_file(files(__name__)) as data:
+            shutil.copytree(data / "bank", stage / "bank", copy_function=shutil.copyfile)
+            shutil.copyfile(data / "new.jsonl", stage / "new.jsonl")
+    return Demo(folder / "bank", folder / "new.jsonl")

@@ -1,0 +1,67 @@
+"""The whole flow in one call: datasets in, adapter folders out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorameta_rs.bank import Bank
+from lorameta_rs.fingerprint import token_distribution
+from lorameta_rs.index import make_fingerprints
+from lorameta_rs.merge import Job, Options, merge
+from lorameta_rs.ranking import Ranking, Settings, rank
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Sequence
+
+
+def jobs_for(
+    bank: Bank,
+    datasets: Sequence[Path],
+    outs: Sequence[Path],
+    settings: Settings,
+    columns: Sequence[str] | None = None,
+) -> list[Job]:
+    """A job for each dataset, with the coefficients that the bank gives it."""
+    jobs = []
+    for dataset, out in zip(datasets, outs, strict=True):
+        target = token_distribution(dataset, tokenizer=bank.tokenizer, columns=columns)
+        ranking = rank(bank, target, settings)
+        jobs.append(Job(ranking.coefficients, out, ranking, dataset, target))
+    return jobs
+
+
+def generate(
+    bank: Bank | str | os.PathLike[str],
+    dataset: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    settings: Settings | None = None,
+    options: Options | None = None,
+    columns: Sequence[str] | None = None,
+    progress: Callable[[int, int], object] | None = None,
+) -> Ranking:
+    """Make an adapter for a dataset out of those of a bank.
+
+    Args:
+        bank: The bank, or its folder. Fingerprints that it lacks are made first.
+        dataset: The new dataset; `dataset.texts` says which formats it may have.
+        out: The folder to be made, a PEFT adapter.
+        settings: The metric, and how its distances become coefficients.
+        options: How the merge is run.
+        columns: The fields of the new dataset to use.
+        progress: Told bytes read and bytes in all during the merge.
+
+    Returns:
+        The bank's members with their distances and coefficients, and how relevant they are.
+
+    Raises:
+        LoraMetaError: What cannot be used, and what to do about it.
+    """
+    bank = bank if isinstance(bank, Bank) else Bank(bank)
+    make_fingerprints(bank)
+    (job,) = jobs_for(bank, [Path(dataset)], [Path(out)], settings or Settings(), columns)
+    merge(bank, [job], options, progress)
+    assert job.ranking is not None
+    return job.ranking

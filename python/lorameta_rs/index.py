@@ -1,0 +1,199 @@
+"""What `index` does to a bank: fingerprints for its datasets, and a file of what else is slow.
+
+`index.json` holds each adapter's SHA-256 and, for each metric, how far every member's dataset is
+from the nearest other: what a new dataset's distance is compared with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lorameta_rs import distance, files
+from lorameta_rs.errors import InvalidBank, LoraMetaError, UnreadableFile
+from lorameta_rs.fingerprint import token_distribution
+from lorameta_rs.relevance import leave_one_out_nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from lorameta_rs._metrics import Floats
+    from lorameta_rs.bank import Bank
+    from lorameta_rs.member import Member
+
+FORMAT = 1
+
+# Members whose distances from each other take about a second by any metric.
+_QUICK = 150
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """Which file a hash was made of, to see later whether it is still the same."""
+
+    sha256: str
+    size: int
+    mtime_ns: int
+
+    def is_of(self, member: Member) -> bool:
+        """Whether the member's file has the size and time recorded here."""
+        return (self.size, self.mtime_ns) == (member.adapter.size, member.adapter.mtime_ns)
+
+
+@dataclass
+class Index:
+    """The contents of `index.json`; one that is missing or broken counts as empty."""
+
+    path: Path
+    adapters: dict[str, AdapterRecord] = field(default_factory=dict)
+    nearest: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, bank: Bank) -> Index:
+        """The bank's index as it is on disk."""
+        path = bank.index_path
+        try:
+            with files.reading(path) as file:
+                found = json.load(file)
+            if found["format"] != FORMAT:
+                return cls(path)
+            adapters = {name: AdapterRecord(**one) for name, one in found["adapters"].items()}
+            return cls(path, adapters, dict(found["nearest"]))
+        except (LoraMetaError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return cls(path)
+
+    def save(self) -> None:
+        """Write it; errors as `files.write_whole`."""
+        adapters = {name: vars(record) for name, record in sorted(self.adapters.items())}
+        content = {"format": FORMAT, "adapters": adapters, "nearest": self.nearest}
+        files.write_whole(self.path, (json.dumps(content, indent=1) + "\n").encode())
+
+    def sha256(self, member: Member) -> str | None:
+        """The recorded hash of a member's file; None if there is none, or the file has changed."""
+        record = self.adapters.get(member.name)
+        return record.sha256 if record is not None and record.is_of(member) else None
+
+
+def make_fingerprints(
+    bank: Bank, *, keep: bool = True, progress: Callable[[str], None] | None = None
+) -> dict[str, bool]:
+    """Make what fingerprints are missing or stale, and leave out members for which that fails.
+
+    In a bank that cannot be written to they are made for this run alone, and a note says so.
+
+    Args:
+        bank: `bank.left_out` and `bank.notes` take what goes wrong.
+        keep: Write them into the bank.
+        progress: Told each member's name before its turn.
+
+    Returns:
+        By name of each member that had none, whether it has one now.
+
+    Raises:
+        InvalidBank: No member has a fingerprint.
+        MissingFile: The bank has no tokenizer, and fingerprints are to be made.
+    """
+    made: dict[str, bool] = {}
+    failed: dict[str, LoraMetaError] = {}
+    unwritable = None
+    missing = bank.unfingerprinted()
+    for member in [member for member in bank.members if member.name in missing]:
+        if progress is not None:
+            progress(member.name)
+        data = bank.dataset(member)
+        if data is None:
+            reason = f"`{member.folder}`: {missing[member.name]}; it cannot be compared"
+            failed[member.name] = InvalidBank(reason)
+            continue
+        try:
+            found = token_distribution(data, tokenizer=bank.tokenizer, columns=bank.columns)
+        except LoraMetaError as error:
+            failed[member.name] = error
+            continue
+        bank.keep(member.name, found)
+        made[member.name] = True
+        if not keep:
+            continue
+        path = bank.fingerprint_path(member)
+        try:
+            with files.refusals(path.parent):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            found.save(path)
+        except (UnreadableFile, PermissionError) as error:
+            unwritable = unwritable or error
+    if unwritable is not None:
+        bank.notes.append(
+            f"fingerprints are made anew each time: {unwritable}\n"
+            "keep them elsewhere with --fingerprints DIR"
+        )
+    if failed:
+        bank.leave_out(failed)
+    return made | dict.fromkeys(failed, False)
+
+
+def hash_adapters(bank: Bank, progress: Callable[[str], None] | None = None) -> int:
+    """Record the SHA-256 of every adapter that has none yet, or has changed.
+
+    Returns:
+        How many were hashed.
+    """
+    index = Index.of(bank)
+    unknown = [member for member in bank.members if index.sha256(member) is None]
+    for member in unknown:
+        if progress is not None:
+            progress(member.name)
+        adapter = member.adapter
+        digest = files.sha256(adapter.path)
+        index.adapters[member.name] = AdapterRecord(digest, adapter.size, adapter.mtime_ns)
+    gone = set(index.adapters) - set(bank.names) - set(bank.left_out)
+    for name in gone:
+        del index.adapters[name]
+    if unknown or gone:
+        index.save()
+    return len(unknown)
+
+
+def nearest_distances(
+    bank: Bank,
+    metric: str,
+    *,
+    patient: bool = False,
+    progress: Callable[[int], object] | None = None,
+) -> Floats | None:
+    """Each member's distance to the nearest other member.
+
+    Args:
+        bank: Its members all have fingerprints.
+        metric: A key of `distance.METRICS`.
+        patient: Compute them however long it takes, and keep them in the index.
+        progress: Told how many members are done.
+
+    Returns:
+        float64 [n], empty for a bank of one; None if they are not known and slow to compute.
+    """
+    index = Index.of(bank)
+    key = _key(bank)
+    known = index.nearest.get(metric, {})
+    if known.get("fingerprints") == key and len(known.get("distances", ())) == len(bank):
+        return np.asarray(known["distances"], dtype=np.float64)
+    if len(bank) > _QUICK and not patient:
+        return None
+    found = leave_one_out_nearest(distance.pairwise(metric, bank.fingerprints, progress))
+    if patient and len(bank) > 1:
+        index.nearest[metric] = {"fingerprints": key, "distances": found.tolist()}
+        index.save()
+    return found
+
+
+def _key(bank: Bank) -> str:
+    """What the members' distances depend on: all of their fingerprints, in order."""
+    digest = hashlib.sha256()
+    counts = bank.fingerprints
+    for array in (counts.indptr, counts.ids, counts.counts):
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()

@@ -1,0 +1,136 @@
+"""`lorameta.json`: what an adapter was made of, enough to make it again bit for bit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorameta_rs import files
+from lorameta_rs.errors import InvalidSetting
+from lorameta_rs.relevance import effective_number
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping
+
+    from lorameta_rs.bank import Bank
+    from lorameta_rs.merge import Job, Options
+
+FILE_NAME = "lorameta.json"
+FORMAT = 1
+
+_LARGEST = 64 << 20
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The contents of `lorameta.json`.
+
+    Attributes:
+        version: Of this package.
+        settings: `bank`, `base_model` and what the result depends on beside the members.
+        target: The new dataset's `path` and `sha256`; None if the coefficients were given.
+        method: How the members were combined.
+        relevance: How good a match the bank was; None if the coefficients were given.
+        members: `name`, `path`, `sha256`, `distance`, `similarity` and `coefficient` of each member
+            that was used, in the order of the bank; what is not known is None.
+    """
+
+    version: str
+    settings: dict[str, Any]
+    target: dict[str, Any] | None
+    method: str
+    relevance: dict[str, Any] | None
+    members: list[dict[str, Any]]
+
+    def as_json(self) -> str:
+        """The file's text; numbers in full precision."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=2, ensure_ascii=False) + "\n"
+
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """Each member's coefficient, by name."""
+        return {member["name"]: member["coefficient"] for member in self.members}
+
+    @property
+    def effective_number(self) -> float:
+        """How many members, in equal parts, would be as spread out."""
+        import numpy as np
+
+        return effective_number(np.array(list(self.coefficients.values())))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Provenance:
+        """Read a `lorameta.json`.
+
+        Raises:
+            MissingFile, UnreadableFile: It cannot be read.
+            InvalidSetting: It is something else, or of a newer format.
+        """
+        path = Path(path)
+        with files.reading(path) as file:
+            text = file.read(_LARGEST)
+        try:
+            found = json.loads(text)
+            if found["format"] != FORMAT:
+                raise InvalidSetting(
+                    f"`{path}`: format {found['format']!r}, this version reads {FORMAT}"
+                )
+            record = cls(**{name: found[name] for name in cls.__dataclass_fields__})
+            for member in record.members:
+                if not isinstance(member["name"], str):
+                    raise TypeError("a member's name is no text")
+                member["coefficient"] = float(member["coefficient"])
+            Path(record.settings["bank"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise InvalidSetting(f"`{path}`: not a {FILE_NAME}: {error!r}") from error
+        return record
+
+
+def provenance(
+    bank: Bank, job: Job, options: Options, hashes: Mapping[str, str | None]
+) -> Provenance:
+    """What a job's adapter is made of."""
+    ranking = job.ranking
+    settings: dict[str, Any] = {
+        "bank": str(bank.folder.absolute()),
+        "base_model": bank.base_model,
+        "dtype": options.dtype,
+        "allow_nan": options.allow_nan,
+    }
+    target = None
+    if ranking is not None:
+        settings |= asdict(ranking.settings)
+    if job.dataset is not None and job.fingerprint is not None:
+        record = job.fingerprint.dataset
+        settings["columns"] = job.fingerprint.columns
+        target = {
+            "path": str(job.dataset.absolute()),
+            "sha256": None if record is None else record.sha256,
+        }
+    members = []
+    for i, member in enumerate(bank.members):
+        if job.coefficients[i] == 0:
+            continue
+        similarity = None if ranking is None else ranking.similarity
+        members.append(
+            {
+                "name": member.name,
+                "path": str(member.folder.absolute()),
+                "sha256": hashes.get(member.name),
+                "distance": None if ranking is None else float(ranking.distances[i]),
+                "similarity": None if similarity is None else float(similarity[i]),
+                "coefficient": float(job.coefficients[i]),
+            }
+        )
+    return Provenance(
+        version=version("lorameta-rs"),
+        settings=settings,
+        target=target,
+        method=options.method,
+        relevance=None if ranking is None else asdict(ranking.relevance),
+        members=members,
+    )

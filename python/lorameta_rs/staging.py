@@ -1,0 +1,83 @@
+"""Folders that appear whole or not at all: made beside their place, then renamed."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from lorameta_rs import files
+from lorameta_rs.errors import InvalidSetting, OutputExists
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Sequence
+    from pathlib import Path
+
+
+@contextmanager
+def staged(outs: Sequence[Path], owned: Collection[str], force: bool) -> Iterator[list[Path]]:
+    """Folders to fill; when the block ends well they become `outs`, all of them.
+
+    Args:
+        outs: The folders to be made; their parents are made too.
+        owned: The names of the files that are put there. A folder that is replaced may hold no
+            others, so that `force` never deletes what somebody else put there.
+        force: Replace folders that exist.
+
+    Raises:
+        OutputExists: A folder exists, and is not to be or must not be replaced.
+        InvalidSetting: Two outputs are the same folder.
+        UnreadableFile: A folder cannot be made.
+    """
+    if len({out.absolute() for out in outs}) < len(outs):
+        raise InvalidSetting("two outputs have the same path; give each dataset its own -o")
+    for out in outs:
+        _check(out, owned, force)
+    stages = [_beside(out) for out in outs]
+    try:
+        for stage in stages:
+            with files.refusals(stage.parent):
+                stage.mkdir(parents=True)
+        yield stages
+        for stage, out in zip(stages, outs, strict=True):
+            with files.refusals(out):
+                _rename(stage, out)
+    finally:
+        for stage in stages:
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+def _check(out: Path, owned: Collection[str], force: bool) -> None:
+    if not os.path.lexists(out):
+        return
+    if not force:
+        raise OutputExists(f"`{out}` exists\nreplace it with --force, or choose another -o")
+    if not out.is_dir() or out.is_symlink():
+        raise OutputExists(f"`{out}` is not a folder, and is not replaced")
+    with files.refusals(out):
+        strange = sorted({entry.name for entry in out.iterdir()} - set(owned))
+    if strange:
+        raise OutputExists(
+            f"`{out}` is not replaced: it holds `{strange[0]}`, which no merge has written\n"
+            "choose another -o"
+        )
+
+
+def _beside(out: Path) -> Path:
+    return out.absolute().with_name(f".{out.absolute().name}.{secrets.token_hex(4)}")
+
+
+def _rename(stage: Path, out: Path) -> None:
+    """Put a finished folder in its place; one that is there is moved away first."""
+    old = _beside(out)
+    if out.exists():
+        out.rename(old)
+    try:
+        stage.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
