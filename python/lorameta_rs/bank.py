@@ -286,7 +286,7 @@ class Bank:
     def _note_odd_names(self) -> None:
         if len(self) == 1:
             self.notes.append(f"`{self.names[0]}` is the only member: every merge is a copy of it")
-        for _, alike in _grouped({name: name.casefold() for name in self.names}).items():
+        for alike in _grouped({name: name.casefold() for name in self.names}).values():
             if len(alike) > 1:
                 listed = ", ".join(f"`{name}`" for name in alike)
                 self.notes.append(f"the names {listed} differ in case only")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorameta_rs import _core
@@ -14,6 +13,7 @@ from lorameta_rs.errors import InvalidAdapter, LoraMetaError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"

@@ -30,7 +30,7 @@ for command in (demo, index, rank, merge, inspect):
 
 
 def main() -> None:
-    """Run the command line: 0 done, 1 the input cannot be used, 2 a bad command line, 130 Ctrl-C."""
+    """Run: 0 done, 1 the input cannot be used, 2 the command line cannot be read, 130 Ctrl-C."""
     sys.exit(run(sys.argv[1:]))
 
 

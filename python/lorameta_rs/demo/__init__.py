@@ -8,10 +8,13 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from importlib.resources import as_file, files
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lorameta_rs.files import refusals
 from lorameta_rs.staging import staged
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @dataclass(frozen=True)
