@@ -163,7 +163,7 @@ def nearest_distances(
     metric: str,
     *,
     patient: bool = False,
-    progress: Callable[[int], object] | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> Floats | None:
     """Each member's distance to the nearest other member.
 
@@ -171,7 +171,7 @@ def nearest_distances(
         bank: Its members all have fingerprints.
         metric: A key of `distance.METRICS`.
         patient: Compute them however long it takes, and keep them in the index.
-        progress: Told how many members are done.
+        progress: Told how many members are done, of how many.
 
     Returns:
         float64 [n], empty for a bank of one; None if they are not known and slow to compute.
@@ -183,7 +183,8 @@ def nearest_distances(
         return np.asarray(known["distances"], dtype=np.float64)
     if len(bank) > _QUICK and not patient:
         return None
-    found = leave_one_out_nearest(distance.pairwise(metric, bank.fingerprints, progress))
+    tell = None if progress is None else lambda done: progress(done, len(bank))
+    found = leave_one_out_nearest(distance.pairwise(metric, bank.fingerprints, tell))
     if patient and len(bank) > 1:
         index.nearest[metric] = {"fingerprints": key, "distances": found.tolist()}
         index.save()
@@ -195,5 +196,5 @@ def _key(bank: Bank) -> str:
     digest = hashlib.sha256()
     counts = bank.fingerprints
     for array in (counts.indptr, counts.ids, counts.counts):
-        digest.update(np.ascontiguousarray(array))
+        digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()

@@ -43,9 +43,7 @@ def index(bank: Path, metrics: tuple[str, ...], as_json: bool, **arguments: Any)
         hashed = hash_adapters(opened, progress=step)
     for metric in metrics:
         with console.progress(f"comparing datasets by {metric}") as update:
-            total = len(opened)
-            told = None if update is None else (lambda done, tell=update: tell(done, total))
-            nearest_distances(opened, metric, patient=True, progress=told)
+            nearest_distances(opened, metric, patient=True, progress=update)
     counts = {
         "members": len(opened),
         "fingerprints_made": sum(made.values()),

@@ -30,7 +30,7 @@ threads = click.option(
 )
 
 
-class Columns(click.ParamType):
+class Columns(click.ParamType[tuple[str, ...]]):
     """Names of fields, separated by commas."""
 
     name = "NAME,…"

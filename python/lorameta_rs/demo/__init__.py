@@ -34,8 +34,11 @@ def copy_out(folder: Path) -> Demo:
         OutputExists: The folder exists.
         UnreadableFile: It cannot be made.
     """
-    with staged([folder], owned=(), force=False) as (stage,), refusals(folder):
-        with as_file(files(__name__)) as data:
-            shutil.copytree(data / "bank", stage / "bank", copy_function=shutil.copyfile)
-            shutil.copyfile(data / "new.jsonl", stage / "new.jsonl")
+    with (
+        as_file(files(__name__)) as data,
+        staged([folder], owned=(), force=False) as (stage,),
+        refusals(folder),
+    ):
+        shutil.copytree(data / "bank", stage / "bank", copy_function=shutil.copyfile)
+        shutil.copyfile(data / "new.jsonl", stage / "new.jsonl")
     return Demo(folder / "bank", folder / "new.jsonl")
