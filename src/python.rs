@@ -26,7 +26,7 @@ const PULSE: Duration = Duration::from_millis(40);
 mod _core {
     #[pymodule_export]
     use super::{
-        PyAdapter, PyLayout, PyModule, PyPlan, first_match, open_adapters, plan_soup, soup,
+        PyAdapter, PyLayout, PyModule, PyPlan, first_match, open_adapters, plan_soup, scan, soup,
     };
 }
 
@@ -231,7 +231,7 @@ fn interruptible<T: Send>(
             work(watch)
         });
         let mut interrupted = None;
-        let mut pulse = || {
+        let pulse = || {
             py.check_signals()?;
             progress.as_ref().map_or(Ok(()), |p| p.call1(py, (watch.done(), total)).map(drop))
         };

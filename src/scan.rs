@@ -38,7 +38,9 @@ pub fn scan(adapter: &Adapter, watch: &Watch) -> Result<Vec<(String, &'static st
             watch.advance(bytes.len());
         }
         let found = [(nan, "NaN"), (infinite, "Inf"), (zero, "only zeros")];
-        odd.extend(found.iter().filter(|(is, _)| *is).map(|(_, what)| (tensor.name.clone(), *what)));
+        odd.extend(
+            found.iter().filter(|(is, _)| *is).map(|(_, what)| (tensor.name.clone(), *what)),
+        );
     }
     Ok(odd)
 }

@@ -49,14 +49,16 @@ impl Source {
         }
     }
 
-    /// Ask for bytes that will all be needed at once: where they are not in the page cache, the
-    /// disk gets more than one request at a time.
+    /// Ask for bytes that will all be needed at once, where they are not in the page cache: so the
+    /// disk gets more than one request at a time. (Where they are, asking costs a tenth of a job.)
     pub(crate) fn announce(&self, range: &Range<u64>) {
         #[cfg(unix)]
         if let (Self::Mapped(map), false) = (self, range.is_empty()) {
-            let length = (range.end - range.start) as usize;
-            // Advice: where the system does not take it, the bytes are read when they are used.
-            let _ = map.advise_range(memmap2::Advice::WillNeed, range.start as usize, length);
+            let (start, end) = (range.start as usize, range.end as usize);
+            if !cached(&map[start..end]) {
+                // Advice: where the system does not take it, bytes are read when they are used.
+                let _ = map.advise_range(memmap2::Advice::WillNeed, start, end - start);
+            }
         }
         #[cfg(not(unix))]
         let _ = range;
@@ -80,6 +82,23 @@ impl Source {
         #[cfg(not(unix))]
         let _ = range;
     }
+}
+
+/// Whether the first page of mapped bytes is in the page cache, as far as one can know.
+#[cfg(target_os = "linux")]
+fn cached(bytes: &[u8]) -> bool {
+    // SAFETY: asks for a constant of the system.
+    let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as usize;
+    let first = bytes.as_ptr().map_addr(|address| address - address % page);
+    let mut answer = 0u8;
+    // SAFETY: the page that holds the first byte is mapped, and one page has one byte of answer.
+    let done = unsafe { libc::mincore(first.cast_mut().cast(), 1, &raw mut answer) };
+    done == 0 && answer & 1 == 1
+}
+
+#[cfg(all(unix, not(target_os = "linux")))]
+fn cached(_: &[u8]) -> bool {
+    false
 }
 
 #[cfg(unix)]

@@ -72,8 +72,11 @@ impl Spec {
     }
 }
 
-/// The numbers of each tensor of a float32 file, by name.
-pub(crate) fn read(path: &PathBuf) -> Vec<(String, Vec<f32>)> {
+/// Tensors by name, sorted.
+pub(crate) type Tensors = Vec<(String, Vec<f32>)>;
+
+/// The numbers of each tensor of a float32 file.
+pub(crate) fn read(path: &PathBuf) -> Tensors {
     let bytes = std::fs::read(path).unwrap();
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     let mut tensors: Vec<_> = file

@@ -80,15 +80,16 @@ macro_rules! add_products {
             for at in (0..wide).step_by(WIDTH) {
                 let mut k = 0;
                 while k < targets {
-                    // SAFETY: `k + 4 <= targets` or `k + 1 <= targets`, and `at + WIDTH <= columns`;
-                    // the lengths were asserted above.
-                    k += if targets - k >= 4 {
+                    if targets - k >= 4 {
+                        // SAFETY: `k + 4 <= targets` and `at + WIDTH <= columns`; the lengths were
+                        // asserted above.
                         unsafe { add_tile::<4>(sums, stride, rows, weights, (k, at)) };
-                        4
+                        k += 4;
                     } else {
+                        // SAFETY: `k + 1 <= targets`, the rest as above.
                         unsafe { add_tile::<1>(sums, stride, rows, weights, (k, at)) };
-                        1
-                    };
+                        k += 1;
+                    }
                 }
             }
             if wide < columns {

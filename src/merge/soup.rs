@@ -402,7 +402,7 @@ fn name(number: f32) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{Spec, folder, read};
+    use crate::testing::{Spec, Tensors, folder, read};
 
     /// What the sums must be, in float64.
     fn expected(
@@ -453,7 +453,7 @@ mod tests {
             coefficients: &[Vec<f64>],
             strengths: Option<&[Vec<f64>]>,
             options: Options,
-        ) -> Result<Vec<Vec<(String, Vec<f32>)>>> {
+        ) -> Result<Vec<Tensors>> {
             let outputs: Vec<PathBuf> = (0..coefficients.len())
                 .map(|k| self.folder.path().join(format!("out{k}")))
                 .collect();
