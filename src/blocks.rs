@@ -13,26 +13,19 @@ pub struct Options {
     pub threads: usize,
     /// The memory budget, in bytes: what the job allocates and what it keeps mapped at a time.
     pub memory: usize,
-    /// How files are read; `None` maps them for a few targets, and reads for more.
-    pub io: Option<Io>,
+    /// How files are read.
+    pub io: Io,
     /// Sum NaN and infinity like other numbers, instead of refusing them.
     pub allow_nan: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { threads: 0, memory: 64 << 20, io: None, allow_nan: false }
+        Self { threads: 0, memory: 64 << 20, io: Io::default(), allow_nan: false }
     }
 }
 
 impl Options {
-    /// Mapped rows begin at the same place of their pages, and so compete for the same few lines
-    /// of the L1 cache, where a positional read lays them apart. The read costs as much as one
-    /// target: measured, it pays from four targets on (and up to twofold at 32).
-    pub(crate) fn io(&self, targets: usize) -> Io {
-        self.io.unwrap_or(if targets < 4 { Io::Mmap } else { Io::Read })
-    }
-
     pub(crate) fn threads(&self) -> usize {
         match self.threads {
             0 => std::thread::available_parallelism().map_or(1, usize::from),
@@ -124,7 +117,7 @@ impl Plan {
                 needed: needed.div_ceil(1 << 20),
             });
         }
-        let longest = match options.io(targets) {
+        let longest = match options.io {
             Io::Mmap => LONGEST,
             Io::Read => (NEAR / (4 * (group + targets))).max(SHORTEST),
         };
@@ -231,12 +224,8 @@ mod tests {
                 [1, 2, 8, 64].into_iter().flat_map(|m| [(m, Io::Mmap), (m, Io::Read)])
             {
                 let memory_bytes = memory << 20;
-                let options = Options {
-                    threads: 1,
-                    memory: memory_bytes,
-                    io: Some(io),
-                    ..Options::default()
-                };
+                let options =
+                    Options { threads: 1, memory: memory_bytes, io, ..Options::default() };
                 match Plan::new(&bank, targets, &options) {
                     Ok(plan) => {
                         assert!(plan.memory <= options.memory, "{targets} {memory}: {plan:?}");

@@ -66,8 +66,8 @@ class Options:
     """Worker threads; 0 for one a core."""
     memory: int = MEMORY
     """The budget for what the merge allocates and keeps mapped, in bytes."""
-    io: str = "auto"
-    """`mmap`, `read`, or `auto`: mapped for up to three targets, read for more."""
+    io: str = "read"
+    """`read`, or `mmap` for mapped files, which must not be cut short meanwhile."""
     allow_nan: bool = False
     """Sum NaN and infinity like other numbers."""
     force: bool = False
@@ -79,7 +79,7 @@ class Options:
         for name, found, known in (
             ("method", self.method, METHODS),
             ("dtype", self.dtype, DTYPES),
-            ("io", self.io, ("auto", "mmap", "read")),
+            ("io", self.io, ("read", "mmap")),
         ):
             if found not in known:
                 raise InvalidSetting(f"{name} `{found}`: expected one of {', '.join(known)}")
@@ -168,13 +168,17 @@ def merge(
                 allow_nan=options.allow_nan,
                 progress=progress,
             )
+            for stage, job in zip(stages, jobs, strict=True):
+                record = provenance(bank, job, options, hashes)
+                for name, text in (
+                    (FILE_NAME, as_json(config)),
+                    (PROVENANCE, record.as_json()),
+                    (CARD, model_card(record, config, job.out)),
+                ):
+                    # A path need not be UTF-8: its other bytes become escapes, as JSON has them.
+                    files.write_whole(stage / name, text.encode(errors="backslashreplace"))
         except UnreadableFile as error:
             raise _of_output(error, stages, outs) from error
-        for stage, job in zip(stages, jobs, strict=True):
-            record = provenance(bank, job, options, hashes)
-            files.write_whole(stage / FILE_NAME, as_json(config).encode())
-            files.write_whole(stage / PROVENANCE, record.as_json().encode())
-            files.write_whole(stage / CARD, model_card(record, config, job.out).encode())
     return done
 
 

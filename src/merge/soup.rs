@@ -97,7 +97,8 @@ impl<'a> Soup<'a> {
         if outputs.len() != self.coefficients.len() {
             return Err(Error::Setting("expected an output for each target".to_owned()));
         }
-        let open = |adapter: &&Adapter| Source::new(adapter.file()?, self.io()).at(&adapter.path);
+        let open =
+            |adapter: &&Adapter| Source::new(adapter.file()?, self.options.io).at(&adapter.path);
         let sources = self.bank.adapters.iter().map(open).collect::<Result<Vec<_>>>()?;
         let tensors = self.bank.slots.iter().map(|slot| (&slot.name[..], &slot.shape[..]));
         let writers = outputs
@@ -127,10 +128,6 @@ impl<'a> Soup<'a> {
         done.into_iter().chain(stopped).collect::<Result<()>>()?;
         self.bank.adapters.iter().try_for_each(|adapter| adapter.still_unchanged())?;
         writers.into_iter().try_for_each(Writer::finish)
-    }
-
-    fn io(&self) -> Io {
-        self.options.io(self.coefficients.len())
     }
 
     /// The factor by which a target's sum takes a holder's tensor.
@@ -262,10 +259,9 @@ impl<'a> Worker<'a> {
             .flat_map(|target| holders.iter().map(move |h| soup.weight(target, slot, *h)))
             .collect();
         let ranges: Vec<Range<u64>> = holders.iter().map(|h| soup.bytes(piece, *h)).collect();
-        let io = soup.io();
-        let room = |range: &Range<u64>| match io {
+        let room = |range: &Range<u64>| match soup.options.io {
             Io::Mmap => 0,
-            // In words, and a cache line apart: see `Options::io`.
+            // In words, and a cache line apart: see `Io::Read`.
             Io::Read => ((range.end - range.start) as usize).next_multiple_of(64) / 8 + 8,
         };
         let needed = ranges.iter().map(room).sum();
@@ -494,7 +490,7 @@ mod tests {
         for threads in [1, 2, 5] {
             for io in [Io::Mmap, Io::Read] {
                 for memory in [3 << 20, 64 << 20] {
-                    let options = Options { threads, memory, io: Some(io), allow_nan: false };
+                    let options = Options { threads, memory, io, allow_nan: false };
                     let got = case.run(&coefficients, Some(&strengths), options).unwrap();
                     assert_eq!(*first.get_or_insert(got.clone()), got, "{threads} {io:?} {memory}");
                 }

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from lorameta_rs._core import Plan
     from lorameta_rs.bank import Bank
     from lorameta_rs.merge import Job, Options
+    from lorameta_rs.provenance import Provenance
 
 _SHOWN = 8
+_OF_RESULT = ("method", "dtype", "allow_nan")
 _LARGEST_WEIGHTS = 16 << 20
 
 
@@ -62,7 +64,7 @@ _LARGEST_WEIGHTS = 16 << 20
 @options.threads
 @click.option(
     "--memory",
-    type=click.IntRange(1),
+    type=click.IntRange(1, 1 << 24),
     default=64,
     show_default=True,
     metavar="MIB",
@@ -70,17 +72,20 @@ _LARGEST_WEIGHTS = 16 << 20
 )
 @click.option(
     "--io",
-    type=click.Choice(("auto", "mmap", "read")),
-    default="auto",
+    type=click.Choice(("read", "mmap")),
+    default="read",
     show_default=True,
-    help="How adapters are read; `read` for network and FUSE mounts, where files may vanish.",
+    help="How adapters are read: into buffers, or mapped into memory.",
 )
 @click.option("--allow-nan", is_flag=True, help="Go on where tensors hold NaN or infinity.")
 @click.option("--verify", is_flag=True, help="Hash the members' files and compare.")
 @click.option("--force", is_flag=True, help="Replace OUT if a merge has made it.")
 @click.option("--dry-run", is_flag=True, help="Say what would be read; write nothing.")
 @options.as_json
+@click.pass_context
 def merge(
+    context: click.Context,
+    /,
     bank: Path | None,
     datasets: tuple[Path, ...],
     outs: tuple[Path, ...],
@@ -100,12 +105,14 @@ def merge(
     if sum((bool(datasets), bool(weights), repeat is not None)) != 1:
         raise click.UsageError("give one of: a DATASET, --weights, --repeat")
     if repeat is not None:
+        _refuse(context, (*options.SETTINGS, "columns", *_OF_RESULT), "--repeat")
         opened, jobs, run = _repeated(repeat, bank, _one(outs), arguments)
+    elif bank is None:
+        raise click.UsageError("Missing argument 'BANK'.")
     else:
-        if bank is None:
-            raise click.UsageError("Missing argument 'BANK'.")
         run = _options(arguments)
         if weights:
+            _refuse(context, (*options.SETTINGS, "columns"), "--weights")
             opened, jobs = _weighted(bank, weights, _one(outs), arguments)
         else:
             opened, jobs = _compared(bank, datasets, outs, arguments, keep=not dry_run)
@@ -117,9 +124,17 @@ def merge(
         with console.progress("merging") as update:
             done = merge(opened, jobs, run, update)
     if as_json:
-        console.data({"jobs": [_described(job) for job in jobs], "plan": _plan(done)})
+        plan_of = {name: getattr(done, name) for name in ("bytes", "memory", "threads")}
+        console.data({"jobs": [_described(opened, job) for job in jobs], "plan": plan_of})
     else:
         _say_done(jobs, done, dry_run)
+
+
+def _refuse(context: click.Context, names: Sequence[str], beside: str) -> None:
+    """Options that would have no effect are no options."""
+    for name in names:
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{name.replace('_', '-')} has no effect beside {beside}")
 
 
 def _options(arguments: dict[str, Any]) -> Options:
@@ -153,7 +168,8 @@ def _compared(
     else:
         raise click.UsageError(f"{len(datasets)} datasets, {len(outs)} -o: give one, or as many")
     settings = options.settings_from(arguments)
-    opened = fingerprinted(options.bank_from(bank, arguments), keep)
+    opened = options.bank_from(bank, arguments)
+    fingerprinted(opened, keep)
     return opened, jobs_for(opened, datasets, folders, settings, arguments["columns"])
 
 
@@ -177,31 +193,53 @@ def _repeated(
     """The job that a `lorameta.json` records, from the same files."""
     from dataclasses import replace
 
+    from lorameta_rs.bank import ANY_BASE
     from lorameta_rs.coefficients import explicit
-    from lorameta_rs.errors import FileChanged
-    from lorameta_rs.index import Index
+    from lorameta_rs.errors import InvalidBank
     from lorameta_rs.merge import Job
     from lorameta_rs.provenance import Provenance
 
     record = Provenance.load(path)
     settings = record.settings
-    base = arguments | {"base_model": arguments["base_model"] or settings.get("base_model")}
-    opened = options.bank_from(bank or Path(settings["bank"]), base)
+    base = arguments["base_model"] or settings["base_model"] or ANY_BASE
+    folder = bank or Path(settings["bank"])
+    opened = options.bank_from(folder, arguments | {"base_model": base})
     opened.require(record.coefficients)
-    index = Index.of(opened)
-    for member in opened.members:
-        recorded = {one["name"]: one["sha256"] for one in record.members}.get(member.name)
-        now = index.sha256(member)
-        if None not in (recorded, now) and recorded != now:
-            raise FileChanged(f"`{member.adapter.path}` is not the file that `{path}` records")
+    for name in record.coefficients:
+        if name not in opened.names:
+            raise InvalidBank(f"`{folder}` has no member `{name}`, which `{path}` records")
     console.report(opened)
-    run = replace(
-        _options(arguments),
-        method=record.method,
-        dtype=settings["dtype"],
-        allow_nan=settings["allow_nan"],
-    )
-    return opened, [Job(explicit(opened.names, record.coefficients), out)], run
+    _same_files(opened, record, path)
+    run = replace(_options(arguments), **{name: settings[name] for name in _OF_RESULT[1:]})
+    job = Job(explicit(opened.names, record.coefficients), out)
+    return opened, [job], replace(run, method=record.method)
+
+
+def _same_files(bank: Bank, record: Provenance, path: Path) -> None:
+    """See that the members' files are those of which an adapter was made."""
+    from lorameta_rs import files
+    from lorameta_rs.errors import FileChanged
+    from lorameta_rs.index import Index
+
+    index = Index.of(bank)
+    recorded = {member["name"]: member["sha256"] for member in record.members}
+    used = [member for member in bank.members if member.name in recorded]
+    with console.steps("hashing adapters", len(used)) as step:
+        for member in used:
+            if step is not None:
+                step(member)
+            expected = recorded[member.name]
+            if expected is None:
+                continue
+            # A bank that was copied has other times than its index says, and the same bytes.
+            if expected != (index.sha256(member) or files.sha256(member.adapter.path)):
+                raise FileChanged(f"`{member.adapter.path}` is not the file that `{path}` records")
+    unknown = sum(sha256 is None for sha256 in recorded.values())
+    if unknown:
+        console.warn(
+            f"`{path}` has no hash of {console.number(unknown, 'member')}: whether these are the "
+            "same files as then is not known"
+        )
 
 
 def _read_weights(given: Sequence[str]) -> dict[str, float]:
@@ -218,15 +256,15 @@ def _read_weights(given: Sequence[str]) -> dict[str, float]:
             with files.reading(Path(word)) as file:
                 text = file.read(_LARGEST_WEIGHTS)
             try:
-                found = json.loads(text)
+                found = json.loads(text, parse_int=float)
             except (ValueError, RecursionError) as error:
                 raise InvalidSetting(f"`{word}`: not JSON: {error}") from error
         if not isinstance(found, dict):
             raise InvalidSetting(f"`{word}`: expected an object of names and numbers")
         for member, value in found.items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
+            if not isinstance(value, float):
                 raise InvalidSetting(f"`{word}`: the weight of `{member}` is not a number")
-            weights[member] = float(value)
+            weights[member] = value
     return weights
 
 
@@ -248,8 +286,11 @@ def _say_jobs(jobs: Sequence[Job]) -> None:
 
 def _say_done(jobs: Sequence[Job], done: Plan, dry_run: bool) -> None:
     used = sum(1 for column in zip(*(job.coefficients for job in jobs), strict=True) if any(column))
-    read = f"{console.size(done.bytes)} of {used} adapters"
-    memory = f"{console.size(done.memory)} of buffers and mapped pages, {done.threads} threads"
+    read = f"{console.size(done.bytes)} of {console.number(used, 'adapter')}"
+    memory = (
+        f"{console.size(done.memory)} of buffers and mapped pages, "
+        f"{console.number(done.threads, 'thread')}"
+    )
     if dry_run:
         console.say(f"would read {read}, once, with {memory}; nothing was written")
         return
@@ -258,11 +299,9 @@ def _say_done(jobs: Sequence[Job], done: Plan, dry_run: bool) -> None:
         console.say(f"wrote {job.out}")
 
 
-def _described(job: Job) -> dict[str, Any]:
-    ranking = {} if job.ranking is None else described(job.ranking)
-    dataset = None if job.dataset is None else str(job.dataset)
-    return {"out": str(job.out), "dataset": dataset, **ranking}
-
-
-def _plan(plan: Plan) -> dict[str, int]:
-    return {"bytes": plan.bytes, "memory": plan.memory, "threads": plan.threads}
+def _described(bank: Bank, job: Job) -> dict[str, Any]:
+    if job.ranking is None:
+        pairs = zip(bank.names, job.coefficients.tolist(), strict=True)
+        members = [{"name": name, "coefficient": c} for name, c in pairs if c != 0]
+        return {"out": str(job.out), "dataset": None, "members": members}
+    return {"out": str(job.out), "dataset": str(job.dataset), **described(job.ranking)}
