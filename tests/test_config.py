@@ -1,11 +1,8 @@
-import importlib.util
 import json
 import math
 import os
-import re
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from hypothesis import given
@@ -20,26 +17,6 @@ MODULES = [f"model.layers.0.self_attn.{name}_proj" for name in "qkvo"]
 # The others of kind `adapter` are about tensors, or about members that differ.
 ABOUT_THE_CONFIG = {"ok", "dora", "bias_all", "lora_bias", "fan_in_fan_out", "layer_replication"}
 ABOUT_THE_BANK = ["config_r_missing", "config_base_other", "config_base_same_other_spelling"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def core():
-    """A stand-in for `_core.first_match` until the core is built."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        if importlib.util.find_spec("lorameta_rs._core") is None:
-            stand_in = ModuleType("lorameta_rs._core")
-            stand_in.first_match = first_match
-            monkeypatch.setitem(sys.modules, "lorameta_rs._core", stand_in)
-        yield
-
-
-def first_match(patterns, names):
-    try:
-        keys = [re.compile(rf"(.*\.)?({pattern})$") for pattern in patterns]
-    except re.error as error:
-        raise InvalidAdapter(str(error)) from error
-    safe = [(i, key) for i, key in enumerate(keys) if "+)+)+" not in key.pattern]
-    return [next((i for i, key in safe if key.match(name)), None) for name in names]
 
 
 @pytest.fixture

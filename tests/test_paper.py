@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +11,17 @@ import pytest
 import reference
 from safetensors.numpy import load_file
 
-from lorameta_rs import _metrics, coefficients, distance, paper
+from lorameta_rs import Bank, _metrics, coefficients, distance, paper
 from lorameta_rs.errors import InvalidBank, InvalidSetting
-from lorameta_rs.fingerprint import Fingerprint, Fingerprints
+from lorameta_rs.fingerprint import Fingerprint, Fingerprints, token_distribution
+from lorameta_rs.index import make_fingerprints
+from lorameta_rs.merge import Job, merge
 
 PAPER = Path(__file__).parent / "golden" / "paper"
 VOCAB = 512
 NAMES = {"js": "JS", "kl": "KL", "wasserstein": "WD", "mmd": "MMD"}
 VERSIONS = {"attentional": "base_version", "normalized": "normalized_version"}
+STORED = load_file(PAPER / "coefficients.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +127,7 @@ def test_sampled_mmd_is_near_the_exact_and_repeats(bank, targets):
 @pytest.mark.parametrize("metric", NAMES)
 @pytest.mark.parametrize("pipeline", VERSIONS)
 def test_coefficients(metric, pipeline, golden):
-    want = load_file(PAPER / "coefficients.safetensors")[f"{NAMES[metric]}/{VERSIONS[pipeline]}"]
+    want = STORED[f"{NAMES[metric]}/{VERSIONS[pipeline]}"]
     for i, row in enumerate(golden[NAMES[metric]].astype(np.float64)):
         others = np.arange(12) != i
         if pipeline == "normalized" and metric == "mmd":
@@ -148,3 +152,45 @@ def test_what_the_paper_does_not_have(bank, targets):
     bank_of_one = Fingerprints(np.array([0, 1]), one.ids, one.counts, 1)
     with pytest.raises(InvalidBank, match="vocabulary of two tokens"):
         distance.distances("js", bank_of_one, one, compat="paper")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The authors' bank as ours would have it: their datasets lie elsewhere."""
+    folder = shutil.copytree(PAPER / "bank", tmp_path_factory.mktemp("paper") / "bank")
+    lines = ["[bank]", f"tokenizer = '{PAPER / 'tokenizer' / 'tokenizer.json'}'", "[datasets]"]
+    lines += [f"{i:02} = '{PAPER / 'datasets' / f'{i:02}.jsonl'}'" for i in range(12)]
+    (folder / "bank.toml").write_text("\n".join(lines))
+    make_fingerprints(Bank(folder))
+    return folder
+
+
+@pytest.mark.parametrize("key", [key for key in STORED if "mlp" not in key])
+def test_predicted_adapters(folder, tmp_path, key):
+    """C X for all twelve in one pass, and the files of the authors where we have them."""
+    bank = Bank(folder)
+    outs = [tmp_path / name for name in bank.names]
+    merge(bank, [Job(*job) for job in zip(STORED[key], outs, strict=True)])
+    adapters = load_file(PAPER / "all_adapters_matrix.safetensors")["all_adapters"]
+    merged = [load_file(out / "adapter_model.safetensors") for out in outs]
+    flat = np.array([np.concatenate([one[name].ravel() for name in sorted(one)]) for one in merged])
+    np.testing.assert_allclose(flat, STORED[key] @ adapters, rtol=1e-6, atol=1e-7)
+    manifest = json.loads((PAPER / "manifest.json").read_text())["predicted"]
+    assert flat.sum(dtype=np.float64) == pytest.approx(manifest[key]["sum"], rel=1e-6)
+    for path in (PAPER / "predicted" / key).glob("*.safetensors"):
+        want, got = load_file(path), merged[int(path.stem)]
+        assert got.keys() == want.keys()
+        for name, numbers in want.items():
+            np.testing.assert_allclose(got[name], numbers, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("metric", ["js", "kl", "wasserstein"])
+@pytest.mark.parametrize("pipeline", VERSIONS)
+def test_the_bank_with_its_datasets(folder, metric, pipeline):
+    """From texts to coefficients: each dataset is left out of the bank that is asked about it."""
+    for i, row in enumerate(STORED[f"{NAMES[metric]}/{VERSIONS[pipeline]}"]):
+        name = f"{i:02}"
+        bank = Bank(folder, exclude=[name])
+        target = token_distribution(PAPER / "datasets" / f"{name}.jsonl", tokenizer=bank.tokenizer)
+        found = bank.rank(target, metric=metric, pipeline=pipeline, compat="paper")
+        np.testing.assert_allclose(found.coefficients, np.delete(row, i).astype(float), rtol=1e-6)

@@ -74,7 +74,13 @@ class Bank:
         self.members: list[Member] = []
         self.left_out: dict[str, LoraMetaError] = {}
         self.notes: list[str] = []
-        folders = [f for f in member_folders(self.folder) if not _matches(f.name, exclude)]
+        found = [f for f in member_folders(self.folder) if not _matches(f.name, exclude)]
+        folders = [folder for folder in found if _printable(folder.name) == folder.name]
+        for odd in set(found) - set(folders):
+            name = _printable(odd.name)
+            self.left_out[name] = InvalidBank(
+                f"`{self.folder / name}`: the folder's name is not UTF-8; give it another"
+            )
         for one, opened in zip(folders, open_members(folders), strict=True):
             if isinstance(opened, Member):
                 self.members.append(opened)
@@ -341,6 +347,11 @@ def _is_member(folder: Path) -> bool:
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _printable(name: str) -> str:
+    """A file's name with escapes for the bytes that are not UTF-8, which no text can hold."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def _grouped(keys: Mapping[str, str]) -> dict[str, list[str]]:

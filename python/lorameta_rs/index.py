@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lorameta_rs import distance, files
+from lorameta_rs._metrics import bank_rows
 from lorameta_rs.errors import InvalidBank, LoraMetaError, UnreadableFile
 from lorameta_rs.fingerprint import token_distribution
 from lorameta_rs.relevance import leave_one_out_nearest
@@ -63,6 +65,8 @@ class Index:
             if found["format"] != FORMAT:
                 return cls(path)
             adapters = {name: AdapterRecord(**one) for name, one in found["adapters"].items()}
+            if not all(isinstance(record.sha256, str) for record in adapters.values()):
+                return cls(path)
             return cls(path, adapters, dict(found["nearest"]))
         except (LoraMetaError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return cls(path)
@@ -96,12 +100,15 @@ def make_fingerprints(
 
     Raises:
         InvalidBank: No member has a fingerprint.
-        MissingFile: The bank has no tokenizer, and fingerprints are to be made.
+        MissingFile, UnreadableFile, InvalidBank: Fingerprints are to be made, and the bank has no
+            tokenizer, or none that can be used.
     """
     made: dict[str, bool] = {}
     failed: dict[str, LoraMetaError] = {}
     unwritable = None
     missing = bank.unfingerprinted()
+    if any(bank.dataset(member) for member in bank.members if member.name in missing):
+        _ = bank.tokenizer.vocab_size  # whatever is wrong with it is no member's fault
     for member in [member for member in bank.members if member.name in missing]:
         if progress is not None:
             progress(member.name)
@@ -133,7 +140,24 @@ def make_fingerprints(
         )
     if failed:
         bank.leave_out(failed)
+    bank.notes += [note for note in _equal_datasets(bank) if note not in bank.notes]
     return made | dict.fromkeys(failed, False)
+
+
+def _equal_datasets(bank: Bank) -> list[str]:
+    """Notes on members whose datasets have the same token counts."""
+    rows = bank_rows(bank.fingerprints)
+    sizes = Counter((row.total, len(row.ids)) for row in rows)
+    alike: dict[tuple[bytes, bytes], list[str]] = {}
+    for name, row in zip(bank.names, rows, strict=True):
+        if sizes[row.total, len(row.ids)] > 1:  # the others, nearly all, need no look
+            alike.setdefault((row.ids.tobytes(), row.counts.tobytes()), []).append(name)
+    return [
+        ", ".join(f"`{name}`" for name in names)
+        + " have the same token counts: one dataset under several names counts several times"
+        for names in alike.values()
+        if len(names) > 1
+    ]
 
 
 def hash_adapters(bank: Bank, progress: Callable[[str], None] | None = None) -> int:
@@ -178,9 +202,9 @@ def nearest_distances(
     """
     index = Index.of(bank)
     key = _key(bank)
-    known = index.nearest.get(metric, {})
-    if known.get("fingerprints") == key and len(known.get("distances", ())) == len(bank):
-        return np.asarray(known["distances"], dtype=np.float64)
+    match index.nearest.get(metric):
+        case {"fingerprints": of, "distances": [*kept]} if of == key and len(kept) == len(bank):
+            return np.asarray(kept, dtype=np.float64)
     if len(bank) > _QUICK and not patient:
         return None
     tell = None if progress is None else lambda done: progress(done, len(bank))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from lorameta_rs import files
@@ -31,22 +31,28 @@ def staged(outs: Sequence[Path], owned: Collection[str], force: bool) -> Iterato
         InvalidSetting: Two outputs are the same folder.
         UnreadableFile: A folder cannot be made.
     """
-    if len({out.absolute() for out in outs}) < len(outs):
+    if len({os.path.realpath(out) for out in outs}) < len(outs):
         raise InvalidSetting("two outputs have the same path; give each dataset its own -o")
     for out in outs:
         _check(out, owned, force)
     stages = [_beside(out) for out in outs]
+    parents = {
+        parent for stage in stages for parent in stage.parents if not os.path.lexists(parent)
+    }
     try:
         for stage in stages:
             with files.refusals(stage.parent):
                 stage.mkdir(parents=True)
         yield stages
-        for stage, out in zip(stages, outs, strict=True):
-            with files.refusals(out):
-                _rename(stage, out)
+        for out in outs:
+            _check(out, owned, force)  # again: it may have appeared meanwhile
+        _place(stages, outs)
     finally:
         for stage in stages:
             shutil.rmtree(stage, ignore_errors=True)
+        for parent in sorted(parents, reverse=True):
+            with suppress(OSError):
+                parent.rmdir()  # refused where a folder has appeared in it
 
 
 def _check(out: Path, owned: Collection[str], force: bool) -> None:
@@ -69,15 +75,25 @@ def _beside(out: Path) -> Path:
     return out.absolute().with_name(f".{out.absolute().name}.{secrets.token_hex(4)}")
 
 
-def _rename(stage: Path, out: Path) -> None:
-    """Put a finished folder in its place; one that is there is moved away first."""
-    old = _beside(out)
-    if out.exists():
-        out.rename(old)
+def _place(stages: Sequence[Path], outs: Sequence[Path]) -> None:
+    """Put finished folders in their places, all or none; those that are there make room first."""
+    moves: list[tuple[Path, Path]] = []
+
+    def move(source: Path, target: Path) -> None:
+        source.rename(target)
+        moves.append((source, target))
+
+    replaced = []
     try:
-        stage.rename(out)
-    except OSError:
-        if old.exists():
-            old.rename(out)
+        for stage, out in zip(stages, outs, strict=True):
+            with files.refusals(out):
+                if out.exists():
+                    replaced.append(_beside(out))
+                    move(out, replaced[-1])
+                move(stage, out)
+    except BaseException:
+        for source, target in reversed(moves):
+            target.rename(source)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    for old in replaced:
+        shutil.rmtree(old, ignore_errors=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 import sys
 import warnings
 
@@ -19,7 +19,18 @@ from lorameta_rs.errors import LoraMetaError
 DONE, UNUSABLE, INTERRUPTED = 0, 1, 130
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class Commands(click.Group):
+    """A group that lists its commands in the order they were added: that of the flow."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names."""
+        return list(self.commands)
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(package_name="lorameta-rs")
 def commands() -> None:
     """Make a LoRA adapter for a new dataset out of a bank of adapters, without training."""
@@ -31,26 +42,26 @@ for command in (demo, index, rank, merge, inspect):
 
 def main() -> None:
     """Run: 0 done, 1 the input cannot be used, 2 the command line cannot be read, 130 Ctrl-C."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As stderr does: a name that the terminal cannot show is no reason to stop.
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: list[str]) -> int:
     """The exit status of a command line; what goes wrong is said on stderr."""
-    warnings.showwarning = lambda message, *_: console.warn(str(message))
-    try:
-        commands.main(arguments, "lorameta-rs", standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        console.say("interrupted; nothing was written")
-        return INTERRUPTED
-    except LoraMetaError as error:
-        console.fail(error)
-        return UNUSABLE
-    except BrokenPipeError:
-        # Whoever read our output has seen enough; the interpreter is not to complain at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except click.exceptions.Exit as exit_:
-        return exit_.exit_code
-    return DONE
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = lambda message, *_: console.warn(str(message))
+        try:
+            status: int | None = commands.main(arguments, "lorameta-rs", standalone_mode=False)
+        except click.ClickException as error:
+            error.show()
+            return error.exit_code
+        except (click.Abort, KeyboardInterrupt):
+            console.say("interrupted")
+            return INTERRUPTED
+        except (LoraMetaError, OSError) as error:
+            console.fail(console.describe(error))
+            return UNUSABLE
+    return status or DONE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -17,55 +18,59 @@ if TYPE_CHECKING:
 
 def say(text: str) -> None:
     """A line for a person."""
-    click.echo(text, err=True)
+    _write(_printable(text), err=True)
 
 
 def warn(text: str) -> None:
     """A line about something that is doubtful, but goes on."""
-    click.echo(click.style("warning: ", fg="yellow") + text, err=True)
+    _write(click.style("warning: ", fg="yellow") + _printable(text), err=True)
 
 
-def fail(error: Exception) -> None:
+def fail(text: str) -> None:
     """Why a command cannot do what it was asked to."""
-    click.echo(click.style("error: ", fg="red") + describe(error), err=True)
+    _write(click.style("error: ", fg="red") + _printable(text), err=True)
 
 
 def describe(error: Exception) -> str:
     """An error's text; a system's error begins with its file, as all others do."""
-    if isinstance(error, OSError) and error.filename is not None:
-        name = str(error.filename).encode(errors="backslashreplace").decode()
-        return f"`{name}`: {error.strerror}"
-    return str(error)
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    return error.strerror if error.filename is None else f"`{error.filename}`: {error.strerror}"
 
 
-def report(bank: Bank) -> None:
-    """Say which members are left out and why, and what is odd about others; each once."""
-    for name, error in bank.left_out.items():
-        warn(f"`{name}` is left out: {describe(error)}")
-    for note in bank.notes:
-        warn(note)
-    bank.notes.clear()
-    bank.left_out.clear()
+def report(bank: Bank, said: frozenset[str] = frozenset()) -> frozenset[str]:
+    """Say which members are left out and why, and what is odd about others.
+
+    Returns all that has been said; given to the next call, nothing is said twice.
+    """
+    left_out = [f"`{name}` is left out: {describe(e)}" for name, e in bank.left_out.items()]
+    lines = dict.fromkeys([*left_out, *bank.notes])
+    for line in lines:
+        if line not in said:
+            warn(line)
+    return said.union(lines)
 
 
 def data(value: Any) -> None:
     """A value as JSON, on stdout."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    _write(json.dumps(value, indent=2))
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Rows on stdout: aligned on a terminal, separated by tabs where a program reads them."""
-    if not sys.stdout.isatty():
-        for row in (headers, *rows):
-            click.echo("\t".join(cell.replace("\t", " ").replace("\n", " ") for cell in row))
+    lines = [[_printable(cell).replace("\n", " ") for cell in row] for row in (headers, *rows)]
+    if not _is_terminal(sys.stdout):
+        _write("\n".join("\t".join(line) for line in lines))
         return
-    widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
-    for number, row in enumerate((headers, *rows)):
-        cells = [
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        click.secho("  ".join(cells).rstrip(), bold=number == 0)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    header, *aligned = (
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+    _write("\n".join([click.style(header, bold=True), *aligned]))
 
 
 def size(count: float) -> str:
@@ -81,10 +86,19 @@ def size(count: float) -> str:
     return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
 
 
+def number(count: int, noun: str) -> str:
+    """A number of things.
+
+    >>> number(1, "adapter"), number(12, "adapter")
+    ('1 adapter', '12 adapters')
+    """
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
     """A bar on stderr that takes (done, total); None where stderr is no terminal."""
-    if not sys.stderr.isatty():
+    if not _is_terminal(sys.stderr):
         yield None
         return
     from rich.console import Console
@@ -114,3 +128,26 @@ def steps(what: str, total: int) -> Iterator[Callable[[object], None] | None]:
             done += 1
 
         yield step
+
+
+def _write(text: str, err: bool = False) -> None:
+    try:
+        click.echo(text, err=err)
+    except BrokenPipeError:
+        # Whoever read this has seen enough, as `head` has; the work itself goes on.
+        stream = sys.stderr if err else sys.stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _is_terminal(stream: Any) -> bool:
+    """Whether a person sees it; a stream that was closed is None."""
+    return stream is not None and stream.isatty()
+
+
+def _printable(text: str) -> str:
+    r"""`text` without what would move the cursor or colour the screen; names can hold anything.
+
+    >>> _printable("a\x1b[31mb\tc")
+    'a\\x1b[31mb\\tc'
+    """
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("folder", type=options.PATH, default=Path("lorameta-demo"))
 def demo(folder: Path) -> None:
-    """Show the whole flow on the small bank that comes with the package, in FOLDER."""
+    """Show the whole flow on a small bank that is part of the package.
+
+    Copies the bank to FOLDER, `lorameta-demo` unless given, and makes an adapter there.
+    """
     from lorameta_rs.bank import Bank
     from lorameta_rs.demo import copy_out
     from lorameta_rs.flow import generate
@@ -24,28 +28,25 @@ def demo(folder: Path) -> None:
 
     data = copy_out(folder)
     bank = Bank(data.bank)
-    made = make_fingerprints(bank)
+    make_fingerprints(bank)
     hash_adapters(bank)
     nearest_distances(bank, "js", patient=True)
     out = folder / "adapter"
-    ranking = generate(bank, data.dataset, out)
-    _explain(folder, data.bank, data.dataset, out, len(made), ranking)
+    _explain(data.bank, data.dataset, out, generate(bank, data.dataset, out))
 
 
-def _explain(
-    folder: Path, bank: Path, dataset: Path, out: Path, counted: int, ranking: Ranking
-) -> None:
+def _explain(bank: Path, dataset: Path, out: Path, ranking: Ranking) -> None:
     from lorameta_rs.cli.rank import HEADERS, rows, say_relevance
 
-    console.say(f"1. {bank} is a bank: {len(ranking.names)} LoRA adapters of one tiny base model,")
-    console.say(
-        f"   each with the dataset it was trained on. Counted the tokens of {counted} of them."
-    )
+    count = len(ranking.names)
+    console.say(f"1. {bank} is a bank: {count} LoRA adapters of one tiny base model,")
+    console.say("   each with the dataset it was trained on, whose tokens were counted.")
     console.say(f"2. {dataset} is a dataset that is not in it. Its nearest:\n")
     console.table(HEADERS, rows(ranking, 6))
     console.say("")
     say_relevance(ranking)
-    console.say(f"3. {out} is the sum of all {len(ranking.names)}, each times its coefficient:")
+    console.say(f"3. {out} is the sum of all {count}, each times its coefficient:")
     console.say("   an adapter for the new dataset, made without training. PEFT loads it.")
-    console.say("\nThe same with your own bank:\n")
-    console.say(f"   lorameta-rs merge {bank} {dataset} -o {folder / 'mine'}")
+    console.say("\nThe same by hand, as with a bank of your own:\n")
+    command = ("lorameta-rs", "merge", str(bank), str(dataset), "-o", str(out.with_name("mine")))
+    console.say(f"   {shlex.join(command)}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lorameta_rs.cli import console, options
+from lorameta_rs.cli.rank import fingerprinted
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,34 +27,33 @@ if TYPE_CHECKING:
 )
 @options.as_json
 def index(bank: Path, metrics: tuple[str, ...], as_json: bool, **arguments: Any) -> None:
-    """Prepare a bank: a fingerprint of every dataset, a hash of every adapter.
+    """Prepare a bank: count its datasets' tokens, hash its adapters.
 
-    Does only what is missing or out of date. `merge` and `rank` make missing fingerprints too.
+    Does only what is missing or out of date. `merge` and `rank` count tokens too, where they have
+    to, but what `index` keeps tells them more: which files they use, and how near is near.
     """
-    from lorameta_rs.index import hash_adapters, make_fingerprints, nearest_distances
+    from lorameta_rs.index import hash_adapters, nearest_distances
 
     opened = options.bank_from(bank, arguments)
-    failed = len(opened.left_out)
-    console.report(opened)
-    with console.steps("counting tokens", len(opened)) as step:
-        made = make_fingerprints(opened, progress=step)
-    failed += len(opened.left_out)
-    console.report(opened)
+    made = fingerprinted(opened)
     with console.steps("hashing adapters", len(opened)) as step:
         hashed = hash_adapters(opened, progress=step)
     for metric in metrics:
         with console.progress(f"comparing datasets by {metric}") as update:
             nearest_distances(opened, metric, patient=True, progress=update)
-    counts = {
-        "members": len(opened),
-        "fingerprints_made": sum(made.values()),
-        "adapters_hashed": hashed,
-        "left_out": failed,
-    }
     if as_json:
-        console.data(counts)
+        reasons = {name: console.describe(error) for name, error in opened.left_out.items()}
+        console.data(
+            {
+                "members": opened.names,
+                "fingerprints_made": made,
+                "adapters_hashed": hashed,
+                "left_out": reasons,
+            }
+        )
         return
     console.say(
-        f"{counts['members']} members indexed: {counts['fingerprints_made']} fingerprints made, "
-        f"{hashed} adapters hashed, {failed} folders left out"
+        f"{console.number(len(opened), 'member')}: {console.number(made, 'fingerprint')} made, "
+        f"{console.number(hashed, 'adapter')} hashed, "
+        f"{console.number(len(opened.left_out), 'folder')} left out"
     )

@@ -22,9 +22,9 @@ HEADERS = ("adapter", "rank", "scaling", "modules", "type", "size", "base model"
 @click.option("--no-data", is_flag=True, help="Read the headers alone, not the tensors.")
 @options.as_json
 def inspect(paths: Sequence[Path], no_data: bool, as_json: bool) -> None:
-    """Say what adapters, or the members of banks, are, and what is wrong with them.
+    """Say what adapters are, and what is wrong with them.
 
-    Ends with status 1 if any of them cannot be used.
+    PATH is an adapter, or a bank for all of its members. The status is 1 if any cannot be used.
     """
     from lorameta_rs import files
     from lorameta_rs.bank import member_folders
@@ -38,20 +38,23 @@ def inspect(paths: Sequence[Path], no_data: bool, as_json: bool) -> None:
         alone = (path / FILE_NAME).exists() or (path / WEIGHTS).exists()
         folders += [path] if alone else member_folders(path) or [path]
     found = []
-    for folder, opened in zip(folders, open_members(folders), strict=True):
-        if isinstance(opened, Member):
-            found.append(_member(opened, look=not no_data))
-        else:
-            fault = console.describe(opened)
-            found.append({"adapter": str(folder), "usable": False, "faults": [fault]})
+    with console.steps("reading adapters", len(folders)) as step:
+        for folder, opened in zip(folders, open_members(folders), strict=True):
+            if step is not None:
+                step(folder)
+            if isinstance(opened, Member):
+                found.append(_member(opened, look=not no_data))
+            else:
+                fault = console.describe(opened)
+                found.append({"adapter": str(folder), "usable": False, "faults": [fault]})
     if as_json:
         console.data(found)
     else:
         console.table(HEADERS, [_row(one) for one in found])
         for one in found:
             for fault in one["faults"]:
-                tell = console.warn if one["usable"] else console.say
-                tell(f"{one['adapter']}: {fault}")
+                tell = console.warn if one["usable"] else console.fail
+                tell(f"`{one['adapter']}`: {fault}")
     if not all(one["usable"] for one in found):
         raise click.exceptions.Exit(1)
 

@@ -25,12 +25,16 @@ HEADERS = ("member", "distance", "similarity", "coefficient")
 @options.bank
 @options.as_json
 def rank(bank: Path, dataset: Path, as_json: bool, **arguments: Any) -> None:
-    """List the members of BANK, nearest to DATASET first, with the coefficients they would get."""
+    """List the members of BANK, nearest to DATASET first.
+
+    Each comes with the coefficient that `merge` would give it.
+    """
     from lorameta_rs.fingerprint import token_distribution
     from lorameta_rs.ranking import rank
 
     settings = options.settings_from(arguments)
-    opened = fingerprinted(options.bank_from(bank, arguments))
+    opened = options.bank_from(bank, arguments)
+    fingerprinted(opened)
     columns = arguments["columns"]
     target = token_distribution(dataset, tokenizer=opened.tokenizer, columns=columns)
     found = rank(opened, target, settings)
@@ -41,15 +45,15 @@ def rank(bank: Path, dataset: Path, as_json: bool, **arguments: Any) -> None:
     say_relevance(found)
 
 
-def fingerprinted(bank: Bank, keep: bool = True) -> Bank:
-    """The bank with a fingerprint for every member; those that can have none are left out."""
+def fingerprinted(bank: Bank, keep: bool = True) -> int:
+    """Give every member a fingerprint, leave those out that can have none; how many were made."""
     from lorameta_rs.index import make_fingerprints
 
-    console.report(bank)
+    said = console.report(bank)
     with console.steps("counting tokens", len(bank.unfingerprinted())) as step:
-        make_fingerprints(bank, keep=keep, progress=step)
-    console.report(bank)
-    return bank
+        made = make_fingerprints(bank, keep=keep, progress=step)
+    console.report(bank, said)
+    return sum(made.values())
 
 
 def rows(ranking: Ranking, most: int | None = None) -> list[tuple[str, str, str, str]]:
@@ -58,7 +62,7 @@ def rows(ranking: Ranking, most: int | None = None) -> list[tuple[str, str, str,
     return [
         (
             ranking.names[i],
-            f"{ranking.distances[i]:.6g}",
+            f"{ranking.distances[i]:#.6g}".rstrip("."),
             "" if similarity is None else f"{similarity[i]:.4f}",
             f"{ranking.coefficients[i]:.4f}",
         )
@@ -85,13 +89,17 @@ def described(ranking: Ranking) -> dict[str, Any]:
 def say_relevance(ranking: Ranking) -> None:
     """How good a match the bank is."""
     about = ranking.relevance
-    if about.percentile is None:
-        than = "how that compares within the bank is not known; `lorameta-rs index` finds out"
-    else:
-        than = f"farther than {about.percentile:.0f} % of the bank's own are from their nearest"
-    console.say(
-        f"nearest is `{about.nearest}` at {about.distance:.4g}: {than}; "
-        f"in effect {about.effective_number:.1f} adapters take part"
-    )
+    nearest = f"nearest is `{about.nearest}` at {about.distance:.4g}"
     if about.warning is not None:
         console.warn(about.warning)
+    elif about.percentile is None:
+        console.say(f"{nearest}; `lorameta-rs index` finds out how near that is for this bank")
+    else:
+        console.say(
+            f"{nearest}, farther than {about.percentile:.0f} % of the bank's datasets are from "
+            "their nearest"
+        )
+    console.say(
+        f"in effect {about.effective_number:.1f} of {console.number(len(ranking.names), 'adapter')}"
+        " take part"
+    )

@@ -1,0 +1,263 @@
+"""A bank: who belongs to it, who is left out and why, and what its owner says in `bank.toml`."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lorameta_rs import Bank
+from lorameta_rs.errors import (
+    InvalidBank,
+    LayoutMismatch,
+    MissingFile,
+    UnreadableFile,
+)
+from lorameta_rs.index import make_fingerprints
+
+MALFORMED = Path(__file__).parent / "golden" / "malformed"
+
+
+@pytest.fixture
+def malformed(golden, tmp_path):
+    """A function that copies a bank of the malformed ones, with a tokenizer."""
+
+    def malformed(name):
+        folder = shutil.copytree(MALFORMED / "banks" / name, tmp_path / name)
+        shutil.copy(golden / "paper" / "tokenizer" / "tokenizer.json", folder)
+        return folder
+
+    return malformed
+
+
+# Of each malformed bank: who can be used by name, who can be compared, what is said of whom.
+BANKS = {
+    "ok": ("ab", "ab", ""),
+    "one": ("a", "a", "`a` is the only member: every merge is a copy of it"),
+    "base_mismatch": ("a", "a", "b.*`base_model_name_or_path` is `other/base`"),
+    "shape_mismatch": ("a", "a", "b.*q_proj` changes a matrix of shape"),
+    "targets_differ": ("ab", "ab", "`b`: has no `model.layers.0.self_attn.k_proj`"),
+    # The manifest accepts these two; but their members have one dataset, which is worth a word.
+    "rslora_mixed": ("ab", "ab", "`a`, `b` have the same token counts"),
+    "odd_names": (["-rf", ".hidden", "a b", "模型-é"],) * 2 + ("`-rf`, .* have the same token",),
+    "identical": ("ab", "ab", "`a`, `b` have the same token counts"),
+    "missing_data": ("ab", "a", "b`: it has no fingerprint and no dataset"),
+    "missing_adapter": ("a", "a", "b` has no adapter: `adapter_model.safetensors` is missing"),
+    "one_broken": ("a", "a", "b.adapter_model.safetensors`: the header claims 57 bytes"),
+}
+
+
+@pytest.mark.parametrize("name", BANKS)
+def test_malformed(malformed, tmp_path, name):
+    by_name, compared, said = BANKS[name]
+    bank = Bank(malformed(name))
+    assert bank.names == list(by_name)
+    bank.merge(np.ones(len(bank)), tmp_path / "by name")
+    assert [name for name, made in make_fingerprints(bank).items() if made] == list(compared)
+    assert bank.names == list(compared)
+    bank.merge(np.ones(len(bank)), tmp_path / "compared")
+    spoken = "\n".join([*bank.notes, *map(str, bank.left_out.values())])
+    assert re.search(said, spoken)
+    if not said:
+        assert spoken == ""
+
+
+def test_every_malformed_bank_is_tested():
+    found = json.loads((MALFORMED / "banks.json").read_text(encoding="utf-8"))["entries"]
+    names = {entry["path"].removeprefix("banks/") for entry in found}
+    # Its two folders are one on many a system; they are made below.
+    assert names == {*BANKS, "case_names"}
+
+
+def test_names_that_differ_in_case_only(make_bank):
+    """Where they are two folders; elsewhere the second is the first, and nothing is odd."""
+    written = make_bank(["a", "b"])
+    with contextlib.suppress(OSError):
+        (written.folder / "b").rename(written.folder / "A")
+    bank = Bank(written.folder)
+    told = [note for note in bank.notes if "the names `A`, `a` differ in case only" in note]
+    assert bool(told) == (bank.names == ["A", "a"])
+
+
+def test_members_are_sorted_and_others_no_members(make_bank):
+    written = make_bank(["b", "a", "10", "9"])
+    (written.folder / "notes").mkdir()
+    (written.folder / "notes" / "todo.txt").write_text("buy milk")
+    (written.folder / "index.json").write_text("{}")
+    bank = Bank(str(written.folder))
+    assert bank.names == [member.name for member in bank.members] == ["10", "9", "a", "b"]
+    assert (len(bank), bank.left_out, bank.notes) == (4, {}, [])
+    assert bank.base_model == "base"
+
+
+def test_members_are_excluded_by_name_and_pattern(make_bank):
+    folder = make_bank(["task1", "task2", "task10", "other", "Task3"]).folder
+    assert Bank(folder, exclude=["task1*", "other"]).names == ["Task3", "task2"]
+    with pytest.raises(InvalidBank, match="no adapter folder"):
+        Bank(folder, exclude=["*"])
+
+
+def test_a_broken_member_is_excused_until_it_is_asked_for(make_bank):
+    written = make_bank()
+    written.weights("b").write_bytes(b"junk")
+    bank = Bank(written.folder)
+    assert bank.names == ["a", "c"]
+    bank.require(["a", "c", "somebody else"])
+    with pytest.raises(type(bank.left_out["b"]), match=r"b.adapter_model\.safetensors"):
+        bank.require(["a", "b"])
+
+
+def test_no_member_can_be_used(make_bank):
+    written = make_bank()
+    for name in "abc":
+        written.weights(name).write_bytes(b"junk")
+    with pytest.raises(InvalidBank, match="none of 3 members can be used") as caught:
+        Bank(written.folder)
+    assert all(str(written.weights(name)) in str(caught.value) for name in "abc")
+
+
+def test_what_is_no_bank(make_bank, tmp_path):
+    with pytest.raises(MissingFile, match="gone"):
+        Bank(tmp_path / "gone")
+    (tmp_path / "file").write_text("")
+    with pytest.raises((UnreadableFile, MissingFile), match="file"):
+        Bank(tmp_path / "file")
+    with pytest.raises(InvalidBank, match="holds no adapter folder"):
+        Bank(tmp_path)
+    with pytest.raises(InvalidBank, match="is one adapter; a bank is a folder of adapter folders"):
+        Bank(make_bank().folder / "a")
+
+
+# The base model.
+
+
+@pytest.fixture
+def bases(make_bank):
+    """Two members of one base, one of another, one under a path, one that does not say."""
+    said = {"a": "org/x", "b": "org/x", "c": "org/y", "d": "/models/x", "e": None}
+    own = {name: {"config": {"base_model_name_or_path": base}} for name, base in said.items()}
+    return make_bank(own).folder
+
+
+@pytest.mark.parametrize(
+    ("asked", "names"),
+    [(None, "abde"), ("org/x", "abde"), ("org/y", "ce"), ("other/y", "ce"), ("any", "abcde")],
+)
+def test_members_of_other_bases_are_left_out(bases, tmp_path, asked, names):
+    bank = Bank(bases, base_model=asked)
+    assert bank.names == list(names)
+    for name, error in bank.left_out.items():
+        assert isinstance(error, LayoutMismatch)
+        config = bases / name / "adapter_config.json"
+        assert f"`{config}`: `base_model_name_or_path` is" in str(error)
+        assert "--base-model" in str(error)
+    bank.merge(np.ones(len(bank)), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == ("org/x" if asked in (None, "any") else asked)
+
+
+def test_a_base_that_nobody_has(bases):
+    with pytest.raises(InvalidBank, match="none of 4 members can be used"):
+        Bank(bases, base_model="org/z", exclude=["e"])
+
+
+def test_the_rest_of_a_bank_decides_on_shapes(make_bank):
+    wide = {"modules": {"layers.0.q": (24, 32)}}
+    folder = make_bank({"a": wide, "b": {}, "c": {}}, modules={"layers.0.q": (24, 24)}).folder
+    bank = Bank(folder)
+    assert bank.names == ["b", "c"]
+    said = r"a.adapter_model\.safetensors`: `layers\.0\.q` changes .* \(32, 24\), .* \(24, 24\)"
+    assert re.search(said, str(bank.left_out["a"]))
+
+
+# bank.toml.
+
+
+def test_settings_are_honoured(bases, golden):
+    paper = golden / "paper"
+    data = paper / "datasets"
+    (bases / "bank.toml").write_text(
+        f"""
+        [bank]
+        base_model = "org/y"
+        tokenizer = '{paper / "tokenizer" / "tokenizer.json"}'
+        architecture = "llama"
+        [base]
+        heads = "4"
+        [datasets]
+        c = '{data / "03.jsonl"}'
+        e = "elsewhere.txt"
+        [families]
+        c = "arithmetic"
+        """
+    )
+    (bases / "elsewhere.txt").write_text("one\ntwo\n")
+    bank = Bank(bases)
+    assert (bank.names, bank.base_model) == (["c", "e"], "org/y")
+    assert bank.tokenizer.path == paper / "tokenizer" / "tokenizer.json"
+    assert [bank.dataset(m) for m in bank.members] == [data / "03.jsonl", bases / "elsewhere.txt"]
+    assert make_fingerprints(bank) == {"c": True, "e": True}
+    assert Bank(bases, base_model="org/x").names == ["a", "b", "d", "e"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[bank", "not TOML"),
+        ("\xff", "not TOML"),
+        ("bank = 3", r"`\[bank\]` has to be a table of texts"),
+        ("[bank]\ntokenizer = 3", r"`\[bank\]` has to be a table of texts"),
+        ("[datasets]\na = ['x']", r"`\[datasets\]` has to be a table of texts"),
+        ("[families]\na = {}", r"`\[families\]` has to be a table of texts"),
+    ],
+)
+def test_faults_of_the_settings_are_named(bases, text, said):
+    (bases / "bank.toml").write_bytes(text.encode("latin-1"))
+    with pytest.raises(InvalidBank, match=rf"bank\.toml`: {said}"):
+        Bank(bases)
+
+
+def test_a_dataset_that_is_not_where_it_is_said_to_be(make_bank):
+    written = make_bank(["a", "b"], tokenizer=True, text="one\n")
+    (written.folder / "bank.toml").write_text('[datasets]\na = "gone.jsonl"')
+    bank = Bank(written.folder)
+    assert make_fingerprints(bank) == {"a": False, "b": True}
+    assert isinstance(bank.left_out["a"], MissingFile)
+    assert bank.left_out["a"].filename == str(written.folder / "gone.jsonl")
+
+
+# Names.
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not have such names")
+def test_a_name_that_is_not_utf_8(make_bank, tmp_path):
+    written = make_bank()
+    odd = os.fsencode(written.folder) + b"/bad_\xff\xfe"
+    shutil.copytree(written.folder / "a", os.fsdecode(odd))
+    bank = Bank(written.folder)
+    assert bank.names == ["a", "b", "c"]
+    (name,) = bank.left_out
+    assert name == r"bad_\xff\xfe"
+    assert r"bad_\xff\xfe`: the folder's name is not UTF-8" in str(bank.left_out[name])
+    with io.TextIOWrapper(io.BytesIO(), encoding="utf-8") as screen:
+        print(bank.names, bank.left_out, bank.notes, *bank.left_out.values(), file=screen)
+    assert Bank(written.folder, exclude=["bad_*"]).left_out == {}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not have such names")
+def test_a_bank_whose_own_name_is_not_utf_8(make_bank, tmp_path):
+    from lorameta_rs.provenance import Provenance
+
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/bank_\xff"))
+    shutil.copytree(make_bank().folder, folder)
+    Bank(folder).merge([1.0, 0.0, 0.0], tmp_path / "out")
+    record = Provenance.load(tmp_path / "out" / "lorameta.json")
+    assert Path(record.settings["bank"]) == folder

@@ -1,0 +1,128 @@
+"""`index`: what it makes, that it makes it once, and that it goes on past bad members."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lorameta_rs import Bank, Fingerprint, token_distribution
+from lorameta_rs.cli import run
+from lorameta_rs.distance import METRICS, pairwise
+from lorameta_rs.files import sha256
+from lorameta_rs.relevance import leave_one_out_nearest
+
+HOSTILE = Path(__file__).parent / "golden" / "malformed" / "banks"
+TEXTS = {"a": "to be or not to be", "b": "out brief candle", "c": "a horse a horse"}
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture
+def bank(make_bank):
+    return make_bank({name: {"text": text} for name, text in TEXTS.items()}, tokenizer=True).folder
+
+
+@pytest.fixture
+def lorameta(capsys):
+    def lorameta(*arguments):
+        status = run([str(argument) for argument in arguments])
+        return status, *capsys.readouterr()
+
+    return lorameta
+
+
+def indexed(lorameta, bank, *options):
+    """What `index --json` says."""
+    status, out, _ = lorameta("index", bank, "--json", *options)
+    assert status == 0
+    return json.loads(out)
+
+
+def test_fingerprints_and_hashes_are_those_of_the_files(bank, lorameta):
+    status, out, err = lorameta("index", bank)
+    assert (status, out) == (0, "")
+    assert err == "3 members: 3 fingerprints made, 3 adapters hashed, 0 folders left out\n"
+    recorded = json.loads((bank / "index.json").read_text())["adapters"]
+    for name in TEXTS:
+        kept = Fingerprint.load(bank / name / "fingerprint.safetensors")
+        made = token_distribution(bank / name / "train.txt", tokenizer=bank / "tokenizer.json")
+        assert kept.ids.tolist() == made.ids.tolist()
+        assert kept.counts.tolist() == made.counts.tolist()
+        assert recorded[name]["sha256"] == sha256(bank / name / WEIGHTS)
+
+
+def test_only_what_is_missing_or_out_of_date_is_made(bank, lorameta):
+    everything = {"fingerprints_made": 3, "adapters_hashed": 3}
+    nothing = {"fingerprints_made": 0, "adapters_hashed": 0}
+    assert everything.items() <= indexed(lorameta, bank).items()
+    assert nothing.items() <= indexed(lorameta, bank).items()
+    (bank / "a" / "train.txt").write_text("to be, or not to be?")
+    assert indexed(lorameta, bank)["fingerprints_made"] == 1
+    (bank / "a" / WEIGHTS).write_bytes((bank / "b" / WEIGHTS).read_bytes())
+    assert indexed(lorameta, bank)["adapters_hashed"] == 1
+    (bank / "c" / "fingerprint.safetensors").write_bytes(b"broken")
+    assert indexed(lorameta, bank)["fingerprints_made"] == 1
+    assert nothing.items() <= indexed(lorameta, bank).items()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_how_near_the_members_are_is_kept(bank, lorameta, metric):
+    indexed(lorameta, bank, "--metric", metric)
+    kept = json.loads((bank / "index.json").read_text())["nearest"][metric]["distances"]
+    matrix = pairwise(metric, Bank(bank).fingerprints)
+    np.testing.assert_array_equal(kept, leave_one_out_nearest(matrix))
+
+
+def test_a_bad_member_is_left_out_loudly_and_keeps_its_hash(bank, lorameta):
+    indexed(lorameta, bank)
+    (bank / "b" / "train.txt").write_bytes(b"\xff\xfe")
+    status, out, err = lorameta("index", bank, "--json")
+    found = json.loads(out)
+    assert (status, found["members"]) == (0, ["a", "c"])
+    assert str(bank / "b" / "train.txt") in found["left_out"]["b"]
+    assert err.count("warning: `b` is left out") == 1
+    assert "b" in json.loads((bank / "index.json").read_text())["adapters"]
+
+
+def test_a_bank_without_usable_members_is_an_error(bank, tmp_path, lorameta):
+    for name in TEXTS:
+        (bank / name / WEIGHTS).unlink()
+    for folder in (bank, tmp_path):
+        status, _, err = lorameta("index", folder)
+        assert status == 1
+        assert err.startswith(f"error: `{folder}`")
+
+
+@pytest.mark.parametrize("name", [path.name for path in HOSTILE.iterdir()])
+def test_a_hostile_bank_is_indexed_or_named(golden, tmp_path, lorameta, name):
+    bank = tmp_path / name
+    shutil.copytree(HOSTILE / name, bank)
+    shutil.copy(golden / "paper" / "tokenizer" / "tokenizer.json", bank)
+    for command in (["index", bank], ["inspect", bank], ["rank", bank, bank / "a" / "data.jsonl"]):
+        status, out, err = lorameta(*command, "--json")
+        assert status in (0, 1)
+        assert json.loads(out) if out else "error: " in err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends Ctrl-C to whole consoles")
+def test_ctrl_c_leaves_only_whole_files(make_bank):
+    bank = make_bank([f"{i:03d}" for i in range(100)], tokenizer=True, text="to be\n" * 5000).folder
+    command = [sys.executable, "-m", "lorameta_rs", "index", bank]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    while process.poll() is None and not any(bank.rglob("fingerprint.safetensors")):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130
+    assert err.decode().split() == ["interrupted"]
+    for path in bank.rglob("*fingerprint*"):
+        Fingerprint.load(path)
+    assert not any(bank.rglob(".*"))

@@ -1,0 +1,335 @@
+"""`merge`: from a dataset, from weights, once more from a record, and all that can go wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from lorameta_rs import Bank, token_distribution
+from lorameta_rs.cli import run
+
+TEXTS = {
+    "hamlet": "to be or not to be that is the question",
+    "macbeth": "out out brief candle life is but a walking shadow",
+    "richard": "a horse a horse my kingdom for a horse",
+}
+WEIGHTS = "adapter_model.safetensors"
+FILES = {WEIGHTS, "adapter_config.json", "lorameta.json", "README.md"}
+
+
+@pytest.fixture
+def written(make_bank):
+    return make_bank({name: {"text": text} for name, text in TEXTS.items()}, tokenizer=True)
+
+
+@pytest.fixture
+def bank(written):
+    return written.folder
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    path = tmp_path / "new.txt"
+    path.write_text("the question is to be")
+    return path
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def lorameta(capsys):
+    def lorameta(*arguments):
+        status = run([str(argument) for argument in arguments])
+        return status, *capsys.readouterr()
+
+    return lorameta
+
+
+def listed(folder):
+    """Every file below a folder with its bytes."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder): path.read_bytes() for path in files}
+
+
+def tensors(folder):
+    return safetensors.numpy.load_file(folder / WEIGHTS)
+
+
+def test_a_dataset_becomes_an_adapter(written, dataset, out, lorameta):
+    status, table, err = lorameta("merge", written.folder, dataset, "-o", out)
+    assert status == 0
+    assert {path.name for path in out.iterdir()} == FILES
+    assert [line.split("\t")[0] for line in table.splitlines()] == ["member", *TEXTS]
+    assert f"wrote {out}" in err
+    bank = Bank(written.folder)
+    target = token_distribution(dataset, tokenizer=bank.tokenizer)
+    coefficients = bank.rank(target).coefficients
+    for name, tensor in tensors(out).items():
+        members = [written.numbers[member][name] for member in bank.names]
+        np.testing.assert_allclose(tensor, np.tensordot(coefficients, members, 1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("io", ["mmap", "read"])
+@pytest.mark.parametrize("threads", [0, 1, 3])
+@pytest.mark.parametrize("memory", [1, 64])
+def test_how_it_is_run_does_not_change_the_result(
+    bank, dataset, out, lorameta, io, threads, memory
+):
+    options = ["--io", io, "--threads", threads, "--memory", memory, "--verify"]
+    assert lorameta("merge", bank, dataset, "-o", out, *options)[0] == 0
+    assert lorameta("merge", bank, dataset, "-o", out.with_name("plain"))[0] == 0
+    assert (out / WEIGHTS).read_bytes() == (out.with_name("plain") / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_the_type_is_the_one_asked_for(bank, dataset, out, lorameta, dtype):
+    assert lorameta("merge", bank, dataset, "-o", out, "--dtype", dtype)[0] == 0
+    with safetensors.safe_open(out / WEIGHTS, "numpy") as file:
+        types = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    assert types == {{"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype]}
+
+
+def test_several_datasets_take_one_pass(bank, dataset, out, lorameta):
+    other = dataset.with_name("other.txt")
+    other.write_text("my kingdom")
+    status, _, err = lorameta("merge", bank, dataset, other, "-o", out)
+    assert (status, err.count("wrote ")) == (0, 2)
+    a, b = out.with_name("a"), out.with_name("b")
+    status, text, _ = lorameta("merge", bank, dataset, other, "-o", a, "-o", b, "--json")
+    assert [job["out"] for job in json.loads(text)["jobs"]] == [str(a), str(b)]
+    assert tensors(a).keys() == tensors(out / "new").keys()
+    assert (a / WEIGHTS).read_bytes() == (out / "new" / WEIGHTS).read_bytes()
+    assert (b / WEIGHTS).read_bytes() == (out / "other" / WEIGHTS).read_bytes()
+    alone = out.with_name("alone")
+    lorameta("merge", bank, other, "-o", alone)
+    assert (b / WEIGHTS).read_bytes() == (alone / WEIGHTS).read_bytes()
+
+
+def test_weights_are_taken_as_they_are(written, tmp_path, out, lorameta):
+    file = tmp_path / "weights.json"
+    file.write_text('{"hamlet": 2, "macbeth": 0.25}')
+    options = ["--weights", file, "--weights", "macbeth=-1e-1", "--json"]
+    status, text, _ = lorameta("merge", written.folder, *options, "-o", out)
+    assert status == 0
+    assert json.loads(text)["jobs"][0]["members"] == [
+        {"name": "hamlet", "coefficient": 2.0},
+        {"name": "macbeth", "coefficient": -0.1},
+    ]
+    for name, tensor in tensors(out).items():
+        hamlet, macbeth = (written.numbers[member][name] for member in ("hamlet", "macbeth"))
+        np.testing.assert_allclose(tensor, 2 * hamlet - 0.1 * macbeth, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        (["hamlt=1"], "weight of `hamlt`: the bank has no such member\ndid you mean `hamlet`?"),
+        (["hamlet=much"], "the weight of `hamlet` is not a number"),
+        (["hamlet=nan"], "not a finite number"),
+        (["hamlet=1e300"], "not a finite number"),
+        (["hamlet=0"], "at least one that is not 0"),
+        (["hamlet"], "`hamlet`: No such file"),
+        (["[1]"], "expected an object of names and numbers"),
+        (["{"], "not JSON"),
+        (["[" * 100_000], "not JSON"),
+        (['{"hamlet": "1"}'], "the weight of `hamlet` is not a number"),
+        (['{"hamlet": true}'], "the weight of `hamlet` is not a number"),
+        (['{"hamlet": 1' + "0" * 5000 + "}"], "not a finite number"),
+    ],
+    ids=lambda value: value[0][:20] if isinstance(value, list) else "",
+)
+def test_bad_weights_are_explained(bank, tmp_path, out, lorameta, weights, words):
+    for i, word in enumerate(weights):
+        if word[0] in "[{":
+            (tmp_path / "w.json").write_text(word)
+            weights[i] = tmp_path / "w.json"
+    options = [part for word in weights for part in ("--weights", word)]
+    status, _, err = lorameta("merge", bank, *options, "-o", out)
+    assert status == 1
+    assert words in err
+    assert not out.exists()
+
+
+def test_a_member_that_is_left_out_is_an_error_where_it_was_named(bank, dataset, out, lorameta):
+    (bank / "macbeth" / WEIGHTS).write_bytes(b"nothing")
+    status, _, err = lorameta("merge", bank, dataset, "-o", out)
+    assert (status, err.count("warning: `macbeth` is left out")) == (0, 1)
+    arguments = ["--weights", "hamlet=1", "--weights", "macbeth=1", "-o", out.with_name("b")]
+    status, _, err = lorameta("merge", bank, *arguments)
+    assert (status, out.with_name("b").exists()) == (1, False)
+    assert err.startswith(f"error: `{bank / 'macbeth' / WEIGHTS}`")
+    arguments = ["--repeat", out / "lorameta.json", "-o", out.with_name("c"), "--force"]
+    assert lorameta("merge", *arguments)[0] == 0
+
+
+@pytest.mark.parametrize("base_model", [None, "other", "any"])
+def test_members_of_another_base_are_refused_unless_asked_for(
+    make_bank, dataset, out, lorameta, base_model
+):
+    other = {"text": "to be", "config": {"base_model_name_or_path": "other"}}
+    bank = make_bank(
+        {"a": {"text": "to be"}, "b": {"text": "or not"}, "c": other}, tokenizer=True
+    ).folder
+    options = [] if base_model is None else ["--base-model", base_model]
+    status, text, err = lorameta("merge", bank, dataset, "-o", out, "--json", *options)
+    names = sorted(member["name"] for member in json.loads(text)["jobs"][0]["members"])
+    assert status == 0
+    assert names == {None: ["a", "b"], "other": ["c"], "any": ["a", "b", "c"]}[base_model]
+    assert ("is left out" in err) == (base_model != "any")
+    again = out.with_name("again")
+    assert lorameta("merge", "--repeat", out / "lorameta.json", "-o", again)[0] == 0
+    assert (again / WEIGHTS).read_bytes() == (out / WEIGHTS).read_bytes()
+
+
+def test_a_record_makes_the_same_adapter_again(bank, dataset, out, lorameta, tmp_path):
+    lorameta("index", bank)
+    options = ["--top-k", "2", "--dtype", "bfloat16"]
+    assert lorameta("merge", bank, dataset, "-o", out, *options)[0] == 0
+    again = out.with_name("again")
+    status, _, err = lorameta("merge", "--repeat", out / "lorameta.json", "-o", again)
+    assert (status, "warning" in err) == (0, False)
+    assert (again / WEIGHTS).read_bytes() == (out / WEIGHTS).read_bytes()
+    # A copy has other times than the index says, and another place than the record.
+    shutil.copytree(bank, tmp_path / "copy", copy_function=shutil.copyfile)
+    shutil.rmtree(bank)
+    copied = ["merge", tmp_path / "copy", "--repeat", out / "lorameta.json", "--force"]
+    assert lorameta(*copied, "-o", again)[0] == 0
+    assert (again / WEIGHTS).read_bytes() == (out / WEIGHTS).read_bytes()
+
+
+def test_a_record_is_refused_where_a_member_has_changed(written, dataset, out, lorameta):
+    lorameta("index", written.folder)
+    lorameta("merge", written.folder, dataset, "-o", out)
+    repeat = ["merge", "--repeat", out / "lorameta.json", "-o", out.with_name("again")]
+    written.edit("macbeth", lambda tensors: next(iter(tensors.values())).fill(1))
+    status, _, err = lorameta(*repeat)
+    assert status == 1
+    assert f"`{written.weights('macbeth')}` is not the file that" in err
+    shutil.rmtree(written.folder / "macbeth")
+    status, _, err = lorameta(*repeat)
+    assert status == 1
+    assert "has no member `macbeth`, which" in err
+    assert not out.with_name("again").exists()
+
+
+def test_a_record_without_hashes_says_so(bank, dataset, out, lorameta):
+    lorameta("merge", bank, dataset, "-o", out)
+    status, _, err = lorameta("merge", "--repeat", out / "lorameta.json", "-o", out.with_name("b"))
+    assert status == 0
+    assert "has no hash of 3 members" in err
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "{", '{"format": 2}', '{"format": 1}'])
+def test_a_broken_record_is_refused(tmp_path, out, lorameta, text):
+    (tmp_path / "lorameta.json").write_text(text)
+    status, _, err = lorameta("merge", "--repeat", tmp_path / "lorameta.json", "-o", out)
+    assert status == 1
+    assert f"`{tmp_path / 'lorameta.json'}`" in err
+
+
+def test_verify_finds_a_file_that_was_changed_in_secret(bank, dataset, out, lorameta):
+    lorameta("index", bank)
+    file = bank / "hamlet" / WEIGHTS
+    stat = file.stat()
+    file.write_bytes(file.read_bytes()[:-1] + b"\x00")
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    status, _, err = lorameta("merge", bank, dataset, "-o", out, "--verify")
+    assert (status, out.exists()) == (1, False)
+    assert f"`{file}` has SHA-256" in err
+
+
+def test_a_dry_run_writes_nothing_at_all(bank, dataset, out, lorameta):
+    before = listed(bank)
+    status, table, err = lorameta("merge", bank, dataset, "-o", out, "--dry-run")
+    assert (status, len(table.splitlines())) == (0, 4)
+    assert "would read" in err
+    status, text, _ = lorameta("merge", bank, dataset, "-o", out, "--dry-run", "--json")
+    assert json.loads(text)["plan"]["bytes"] == sum(
+        tensor.nbytes for name in TEXTS for tensor in tensors(bank / name).values()
+    )
+    assert listed(bank) == before
+    assert not out.exists()
+
+
+def test_an_output_is_replaced_only_by_force_and_only_if_it_is_ours(bank, dataset, out, lorameta):
+    merge = ["merge", bank, dataset, "-o", out]
+    assert lorameta(*merge)[0] == 0
+    before = listed(out)
+    status, _, err = lorameta(*merge)
+    assert (status, listed(out)) == (1, before)
+    assert f"error: `{out}` exists" in err
+    assert lorameta(*merge, "--force", "--top-k", "1")[0] == 0
+    assert listed(out) != before
+    (out / "mine.txt").touch()
+    assert lorameta(*merge, "--force")[0] == 1
+    assert (out / "mine.txt").exists()
+
+
+def test_nan_is_named_and_refused_unless_asked_for(written, dataset, out, lorameta):
+    written.edit("hamlet", lambda tensors: next(iter(tensors.values())).fill(np.nan))
+    merge = ["merge", written.folder, dataset, "-o", out]
+    status, _, err = lorameta(*merge)
+    assert (status, out.exists()) == (1, False)
+    assert str(written.weights("hamlet")) in err
+    assert next(iter(written.numbers["hamlet"])) in err
+    assert lorameta(*merge, "--allow-nan")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "Missing option '-o'"),
+        (["-o", "OUT"], "give one of: a DATASET, --weights, --repeat"),
+        (["BANK", "-o", "OUT"], "give one of: a DATASET, --weights, --repeat"),
+        (["BANK", "NEW", "--weights", "a=1", "-o", "OUT"], "give one of"),
+        (["--weights", "a=1", "-o", "OUT"], "Missing argument 'BANK'"),
+        (["BANK", "--weights", "a=1", "-o", "OUT", "-o", "B"], "give one -o"),
+        (["BANK", "A", "B", "C", "-o", "OUT", "-o", "B"], "3 datasets, 2 -o"),
+        (["BANK", "--weights", "a=1", "--top-k", "1", "-o", "OUT"], "--top-k has no effect"),
+        (["--repeat", "R", "--dtype", "float16", "-o", "OUT"], "--dtype has no effect"),
+        (["BANK", "NEW", "-o", "OUT", "--memory", "0"], "--memory"),
+        (["BANK", "NEW", "-o", "OUT", "--memory", "9" * 30], "--memory"),
+        (["BANK", "NEW", "-o", "OUT", "--threads", "-1"], "--threads"),
+        (["BANK", "NEW", "-o", "OUT", "--io", "tape"], "--io"),
+        (["BANK", "NEW", "-o", "OUT", "--dtype", "int8"], "--dtype"),
+        (["BANK", "NEW", "-o", "OUT", "--method", "stew"], "--method"),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_is_status_2(lorameta, arguments, words):
+    status, out, err = lorameta("merge", *arguments)
+    assert (status, out) == (2, "")
+    assert words in err
+
+
+def test_two_outputs_cannot_be_one(bank, dataset, out, lorameta):
+    status, _, err = lorameta("merge", bank, dataset, dataset, "-o", out)
+    assert (status, out.exists()) == (1, False)
+    assert "give each dataset its own -o" in err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends Ctrl-C to whole consoles")
+def test_ctrl_c_leaves_nothing(large_bank, tmp_path):
+    out = tmp_path / "out"
+    weights = tmp_path / "weights.json"
+    weights.write_text(json.dumps({str(i): 1 for i in range(800)}))
+    command = [sys.executable, "-m", "lorameta_rs", "merge", large_bank, "--weights", weights]
+    process = subprocess.Popen([*command, "-o", out, "--threads", "1"], stderr=subprocess.PIPE)
+    while process.poll() is None and not any(tmp_path.glob(".out.*/*")):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130
+    assert err.decode().split() == ["interrupted"]
+    assert list(tmp_path.iterdir()) == [weights]

@@ -1,0 +1,174 @@
+"""`lorameta.json`: what an adapter was made of, and that it can be made of it again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.metadata import version
+
+import numpy as np
+import pytest
+
+from lorameta_rs import Bank, generate
+from lorameta_rs.errors import InvalidSetting, MissingFile, UnreadableFile
+from lorameta_rs.index import hash_adapters
+from lorameta_rs.merge import Options
+from lorameta_rs.provenance import Provenance
+from lorameta_rs.ranking import Settings
+
+FIELDS = ["format", "version", "settings", "target", "method", "relevance", "members"]
+OF_A_MEMBER = ["name", "path", "sha256", "distance", "similarity", "coefficient"]
+
+
+@pytest.fixture(scope="module")
+def folder(make_bank):
+    """A bank whose members are not in the order in which they were written."""
+    own = {name: {"text": f"{name} where is the window\n" * 3} for name in "cab"}
+    return make_bank(own, tokenizer=True).folder
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    (tmp_path / "new.txt").write_text("a window\nis where?\n")
+    return tmp_path / "new.txt"
+
+
+def test_of_a_dataset(folder, dataset, tmp_path):
+    hash_adapters(Bank(folder))
+    options = Options(dtype="bfloat16", threads=1, memory=8 << 20)
+    settings = Settings(metric="cosine", temperature=0.3, top_k=2)
+    found = generate(folder, dataset, tmp_path / "out", settings=settings, options=options)
+    record = json.loads((tmp_path / "out" / "lorameta.json").read_text(encoding="utf-8"))
+    assert list(record) == FIELDS
+    assert (record["format"], record["version"]) == (1, version("lorameta-rs"))
+    assert record["settings"] == {
+        "bank": str(folder),
+        "base_model": "base",
+        "dtype": "bfloat16",
+        "allow_nan": False,
+        "metric": "cosine",
+        "pipeline": "normalized",
+        "temperature": 0.3,
+        "top_k": 2,
+        "mass": None,
+        "min_similarity": None,
+        "compat": None,
+        "columns": None,
+    }
+    digest = hashlib.sha256(dataset.read_bytes()).hexdigest()
+    assert record["target"] == {"path": str(dataset), "sha256": digest}
+    assert record["method"] == "soup"
+    assert record["relevance"] == vars(found.relevance)
+    used = np.flatnonzero(found.coefficients)
+    assert [member["name"] for member in record["members"]] == [found.names[i] for i in used]
+    for i, member in zip(used, record["members"], strict=True):
+        assert list(member) == OF_A_MEMBER
+        weights = folder / member["name"] / "adapter_model.safetensors"
+        assert member["path"] == str(weights.parent)
+        assert member["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+        # In full precision: read back, they are the same numbers.
+        assert member["distance"] == found.distances[i]
+        assert member["similarity"] == found.similarity[i]
+        assert member["coefficient"] == found.coefficients[i]
+
+
+def test_of_weights(folder, tmp_path):
+    row = np.array([0.1 + 0.2, 0.0, -1 / 3])
+    Bank(folder).merge(row, tmp_path / "out", allow_nan=True)
+    record = Provenance.load(tmp_path / "out" / "lorameta.json")
+    assert (record.target, record.relevance) == (None, None)
+    assert record.settings == {
+        "bank": str(folder),
+        "base_model": "base",
+        "dtype": "float32",
+        "allow_nan": True,
+    }
+    assert record.coefficients == {"a": row[0], "c": row[2]}
+    assert all(member["distance"] is None for member in record.members)
+    assert record.effective_number == pytest.approx(
+        np.exp(-sum(p * np.log(p) for p in abs(row[[0, 2]]) / abs(row).sum()))
+    )
+
+
+def test_hashes_that_nobody_made(make_bank, tmp_path):
+    bank = Bank(make_bank().folder)
+    bank.merge(np.ones(3), tmp_path / "out")
+    members = Provenance.load(tmp_path / "out" / "lorameta.json").members
+    assert [member["sha256"] for member in members] == [None] * 3
+    bank.merge(np.ones(3), tmp_path / "verified", verify=True)
+    for member in Provenance.load(tmp_path / "verified" / "lorameta.json").members:
+        weights = bank.folder / member["name"] / "adapter_model.safetensors"
+        assert member["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_it_is_enough_to_make_the_adapter_again(folder, dataset, tmp_path, dtype):
+    generate(folder, dataset, tmp_path / "out", options=Options(dtype=dtype))
+    record = Provenance.load(tmp_path / "out" / "lorameta.json")
+    bank = Bank(record.settings["bank"], base_model=record.settings["base_model"])
+    row = [record.coefficients.get(name, 0.0) for name in bank.names]
+    bank.merge(row, tmp_path / "again", dtype=record.settings["dtype"], threads=1)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_what_is_written_is_what_is_read(folder, dataset, tmp_path):
+    generate(folder, dataset, tmp_path / "out")
+    path = tmp_path / "out" / "lorameta.json"
+    assert Provenance.load(path).as_json() == path.read_text(encoding="utf-8")
+
+
+RECORD = {
+    "format": 1,
+    "version": "0",
+    "settings": {"bank": "bank"},
+    "target": None,
+    "method": "soup",
+    "relevance": None,
+    "members": [{"name": "a", "coefficient": 1}],
+}
+
+
+def test_the_least_that_is_a_record(tmp_path):
+    (tmp_path / "lorameta.json").write_text(json.dumps(RECORD))
+    assert Provenance.load(tmp_path / "lorameta.json").coefficients == {"a": 1.0}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": 2},
+        {"format": None},
+        {"members": None},
+        {"members": [3]},
+        {"members": [{"name": "a"}]},
+        {"members": [{"coefficient": 1}]},
+        {"members": [{"name": 3, "coefficient": 1}]},
+        {"members": [{"name": "a", "coefficient": "much"}]},
+        {"members": [{"name": "a", "coefficient": [1]}]},
+        {"settings": {}},
+        {"settings": {"bank": 3}},
+        {"settings": []},
+    ],
+    ids=json.dumps,
+)
+def test_what_is_no_record(tmp_path, change):
+    path = tmp_path / "lorameta.json"
+    path.write_text(json.dumps(RECORD | change))
+    with pytest.raises(InvalidSetting, match=r"lorameta\.json`: (not a lorameta|format)"):
+        Provenance.load(path)
+
+
+@pytest.mark.parametrize("text", ["", "junk", "[]", "3", "[" * 100_000, "\udcff"])
+def test_what_is_no_json_object(tmp_path, text):
+    path = tmp_path / "lorameta.json"
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(InvalidSetting, match=r"lorameta\.json`: not a lorameta"):
+        Provenance.load(path)
+
+
+def test_what_cannot_be_read(tmp_path):
+    with pytest.raises(MissingFile):
+        Provenance.load(tmp_path / "gone.json")
+    with pytest.raises(UnreadableFile):
+        Provenance.load(tmp_path)

@@ -1,0 +1,69 @@
+"""The documents, executed: what README.md and docs/method.md show works, in the order shown."""
+
+from __future__ import annotations
+
+import doctest
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from lorameta_rs.cli import run
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+METHOD = ROOT / "docs" / "method.md"
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+INSTALLING = "python3 -m venv", ".venv/bin/pip"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("readme")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield folder
+
+
+def test_the_readme_works_from_top_to_bottom(folder, capsys):
+    executed = 0
+    for language, block in BLOCK.findall(README):
+        if language == "python":
+            exec(compile(block, "README.md", "exec"), {})
+        elif language == "sh" and not block.startswith(INSTALLING):
+            for line in block.splitlines():
+                program, *arguments = shlex.split(line)
+                assert (program, run(arguments)) == ("lorameta-rs", 0), capsys.readouterr().err
+                executed += 1
+    assert executed >= 8
+    for out in ("mine", "half", "again", "predicted"):
+        assert weights(folder / out)
+    assert weights(folder / "again") == weights(folder / "mine")
+
+
+def weights(adapter):
+    return (adapter / "adapter_model.safetensors").read_bytes()
+
+
+def test_the_method_page_says_what_is_so(folder, capsys):
+    if not (folder / "lorameta-demo").exists():
+        run(["demo"])
+    failed, tried = doctest.testfile(str(METHOD), module_relative=False, encoding="utf-8")
+    assert (failed, tried > 8) == (0, True), capsys.readouterr().out
+
+
+def test_the_two_commands_of_the_quick_start_are_two_lines():
+    commands = [block for language, block in BLOCK.findall(README) if language == "sh"]
+    first, second, *_ = commands
+    assert first.startswith(INSTALLING[0])
+    assert first.endswith("lorameta-rs demo\n")
+    assert second.startswith(INSTALLING[1])
+    assert second.endswith("pytest\n")
+    assert first.count("\n") == second.count("\n") == 1
+
+
+def test_the_readme_is_short_and_its_links_are_there():
+    assert len(README.splitlines()) < 150
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        assert link.startswith("https://") or (ROOT / link).exists(), link
