@@ -57,7 +57,7 @@ impl Adapter {
         }
         let mut file = File::open(path).at(path)?;
         let stamp = Stamp::of(&file.metadata().at(path)?);
-        let (tensors, notes) = header::read(&mut file, stamp.size).map_err(invalid)?;
+        let (tensors, notes) = header::read(&mut file, stamp.size).at(path)?.map_err(invalid)?;
         if tensors.is_empty() {
             return Err(invalid("holds no tensor".to_owned()));
         }

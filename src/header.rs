@@ -3,7 +3,12 @@
 //! The `safetensors` crate keeps one of two equal names and does not say which tensor is at
 //! fault; a header that comes from a stranger needs both, so it is read here.
 
-use std::{collections::HashSet, fmt, io::Read, ops::Range};
+use std::{
+    collections::HashSet,
+    fmt,
+    io::{self, Read},
+    ops::Range,
+};
 
 use serde::{
     Deserialize, Deserializer,
@@ -41,59 +46,73 @@ impl Tensor {
     }
 }
 
+/// The tensors and notes of a header, or what is wrong with it.
+type Checked = Result<(Vec<Tensor>, Vec<String>), String>;
+
 /// Read the header of a file of `size` bytes: its tensors in the order of their data, and notes
 /// on what is odd but harmless.
 ///
 /// # Errors
-/// What is wrong with the file, in words that follow its name.
-pub(crate) fn read(file: &mut impl Read, size: u64) -> Result<(Vec<Tensor>, Vec<String>), String> {
+/// The file cannot be read; or, within, what is wrong with it, in words that follow its name.
+pub(crate) fn read(file: &mut impl Read, size: u64) -> io::Result<Checked> {
     let mut start = [0; 8];
-    let got = read_up_to(file, &mut start).map_err(|error| error.to_string())?;
-    if let Some(kind) = foreign(&start[..got]) {
-        return Err(format!("the file is {kind}, not safetensors"));
-    }
-    if got < 8 {
-        return Err(format!("the file holds {size} bytes, too few for a safetensors header"));
-    }
+    let got = read_up_to(file, &mut start)?;
     let length = u64::from_le_bytes(start);
-    if length > LONGEST || length > size - 8 {
+    let possible = got == 8 && length <= LONGEST && length <= size.saturating_sub(8);
+    let mut json = Vec::new();
+    if possible {
+        // At most LONGEST, just compared: the cast cannot lose anything.
+        json.resize(length as usize, 0);
+        file.read_exact(&mut json)?;
+    }
+    Ok(check(&start[..got], possible.then_some(&json[..]), size))
+}
+
+/// What the header says, from the file's first bytes and, if its length can be, its text.
+fn check(start: &[u8], json: Option<&[u8]>, size: u64) -> Checked {
+    let Some(json) = json else {
+        if let Some(kind) = foreign(start) {
+            return Err(format!("the file is {kind}, not safetensors"));
+        }
+        let Ok(length) = start.try_into().map(u64::from_le_bytes) else {
+            return Err(format!("the file holds {size} bytes, too few for a safetensors header"));
+        };
+        let size = size.max(8);
         let room = (size - 8).min(LONGEST);
         return Err(format!(
             "the header claims {length} bytes, at most {room} are possible: not a safetensors \
              file, or one cut short"
         ));
-    }
-    // At most LONGEST, just compared: the cast cannot lose anything.
-    let mut json = vec![0; length as usize];
-    file.read_exact(&mut json).map_err(|error| format!("the header: {error}"))?;
+    };
     let mut notes = Vec::new();
     if json.first().is_some_and(u8::is_ascii_whitespace) {
         notes.push("the header begins with white space, not with `{`".to_owned());
     }
     let Entries(mut tensors) =
-        serde_json::from_slice(&json).map_err(|error| format!("the header: {error}"))?;
-    place(&mut tensors, 8 + length, size)?;
+        serde_json::from_slice(json).map_err(|error| format!("the header: {error}"))?;
+    place(&mut tensors, 8 + json.len() as u64, size)?;
     Ok((tensors, notes))
 }
 
-/// What else is often found under the name.
+/// What else is often found under the name, once it is known not to be a header's length.
 fn foreign(start: &[u8]) -> Option<&'static str> {
-    let known: [(&[u8], &str); 6] = [
+    const PICKLE: &str = "a pickle (which is never opened)";
+    let known: [(&[u8], &str); 9] = [
         (b"version", "a Git LFS pointer (run `git lfs pull`)"),
         (b"<", "an HTML or XML page"),
         (b"\x1f\x8b", "gzip-compressed"),
         (b"PK\x03\x04", "a torch archive (a pickle, which is never opened)"),
-        (b"\x80", "a pickle, which is never opened,"),
+        (b"\x80\x02", PICKLE),
+        (b"\x80\x03", PICKLE),
+        (b"\x80\x04", PICKLE),
+        (b"\x80\x05", PICKLE),
         (b"GGUF", "GGUF"),
     ];
-    // A header length that begins with these bytes can only be a real one if the seven bytes
-    // behind it are zero; `\x80` and `<` alone are a length of 128 or 60.
-    let plausible = start.len() == 8 && start[4..].iter().all(|&byte| byte == 0);
-    known.iter().find(|(magic, _)| !plausible && start.starts_with(magic)).map(|(_, kind)| *kind)
+    known.iter().find(|(magic, _)| start.starts_with(magic)).map(|(_, kind)| *kind)
 }
 
 /// Fill as much of `buffer` as the file has.
-fn read_up_to(file: &mut impl Read, buffer: &mut [u8]) -> std::io::Result<usize> {
+fn read_up_to(file: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
     let mut got = 0;
     while got < buffer.len() {
         match file.read(&mut buffer[got..])? {
@@ -193,12 +212,18 @@ impl Entry {
         let given = end
             .checked_sub(start)
             .ok_or_else(|| format!("the data ends at {end}, before it begins at {start}"))?;
-        if needed % 8 != 0 || needed / 8 != given {
+        if needed % 8 != 0 {
+            return Err(format!(
+                "shape {:?} of {} takes {needed} bits, which fill no whole bytes",
+                self.shape, self.dtype
+            ));
+        }
+        if needed / 8 != given {
             return Err(format!(
                 "shape {:?} of {} takes {} bytes, the offsets give {given}",
                 self.shape,
                 self.dtype,
-                needed.div_ceil(8)
+                needed / 8
             ));
         }
         Ok(start..end)
@@ -240,7 +265,7 @@ mod tests {
     }
 
     fn parse(bytes: &[u8]) -> Result<Vec<Tensor>, String> {
-        read(&mut &bytes[..], bytes.len() as u64).map(|(tensors, _)| tensors)
+        read(&mut &bytes[..], bytes.len() as u64).unwrap().map(|(tensors, _)| tensors)
     }
 
     #[test]

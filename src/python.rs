@@ -273,9 +273,10 @@ fn to_python(py: Python<'_>, error: Error) -> PyErr {
         let class = py.import("lorameta_rs.errors")?.getattr(class)?.cast_into::<PyType>()?;
         Ok(match &error {
             // `OSError(errno, text, filename)` sets its attributes.
-            Error::Io { path, source } => {
-                PyErr::from_type(class, (source.raw_os_error(), reason(source), path.clone()))
-            }
+            Error::Io { path, source } => PyErr::from_type(
+                class,
+                (source.raw_os_error(), reason(source), path.as_os_str().to_owned()),
+            ),
             _ => PyErr::from_type(class, error.to_string()),
         })
     };

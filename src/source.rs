@@ -18,6 +18,9 @@ pub enum Io {
     Mmap,
 }
 
+/// The size of a huge page on the systems that use them for files.
+const HUGE: usize = 2 << 20;
+
 /// One open file.
 pub(crate) enum Source {
     Mapped(Mmap),
@@ -71,15 +74,14 @@ impl Source {
     pub(crate) fn release(&self, range: &Range<u64>) {
         #[cfg(unix)]
         if let (Self::Mapped(map), false) = (self, range.is_empty()) {
-            let length = (range.end - range.start) as usize;
+            // A huge page of which a part stays mapped stays resident as a whole. A neighbour that
+            // is still in use is mapped again when it is next read.
+            let start = range.start as usize / HUGE * HUGE;
+            let end = (range.end as usize).next_multiple_of(HUGE).min(map.len());
             // SAFETY: the map is read-only and backed by a file; pages that are dropped are read
             // from the file again when they are next used, so no slice into the map changes.
             let _ = unsafe {
-                map.unchecked_advise_range(
-                    memmap2::UncheckedAdvice::DontNeed,
-                    range.start as usize,
-                    length,
-                )
+                map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, end - start)
             };
         }
         #[cfg(not(unix))]

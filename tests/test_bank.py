@@ -101,7 +101,7 @@ def test_members_are_sorted_and_others_no_members(make_bank):
 def test_members_are_excluded_by_name_and_pattern(make_bank):
     folder = make_bank(["task1", "task2", "task10", "other", "Task3"]).folder
     assert Bank(folder, exclude=["task1*", "other"]).names == ["Task3", "task2"]
-    with pytest.raises(InvalidBank, match="no adapter folder"):
+    with pytest.raises(InvalidBank, match="--exclude leaves no member"):
         Bank(folder, exclude=["*"])
 
 

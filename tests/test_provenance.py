@@ -121,11 +121,11 @@ def test_what_is_written_is_what_is_read(folder, dataset, tmp_path):
 RECORD = {
     "format": 1,
     "version": "0",
-    "settings": {"bank": "bank"},
+    "settings": {"bank": "bank", "base_model": None, "dtype": "float32", "allow_nan": False},
     "target": None,
     "method": "soup",
     "relevance": None,
-    "members": [{"name": "a", "coefficient": 1}],
+    "members": [{"name": "a", "sha256": None, "coefficient": 1}],
 }
 
 
@@ -141,11 +141,15 @@ def test_the_least_that_is_a_record(tmp_path):
         {"format": None},
         {"members": None},
         {"members": [3]},
-        {"members": [{"name": "a"}]},
+        {"members": [{"name": "a", "sha256": None}]},
+        {"members": [{"name": "a", "coefficient": 1}]},
+        {"settings": {"bank": "bank"}},
+        {"settings": RECORD["settings"] | {"bank": "a\0b"}},
+        {"settings": RECORD["settings"] | {"allow_nan": "false"}},
         {"members": [{"coefficient": 1}]},
-        {"members": [{"name": 3, "coefficient": 1}]},
-        {"members": [{"name": "a", "coefficient": "much"}]},
-        {"members": [{"name": "a", "coefficient": [1]}]},
+        {"members": [{"name": 3, "sha256": None, "coefficient": 1}]},
+        {"members": [{"name": "a", "sha256": None, "coefficient": "much"}]},
+        {"members": [{"name": "a", "sha256": None, "coefficient": [1]}]},
         {"settings": {}},
         {"settings": {"bank": 3}},
         {"settings": []},

@@ -14,6 +14,7 @@ import pytest
 
 from lorameta_rs import Bank, files
 from lorameta_rs.errors import InvalidSetting, MissingFile, OutputExists, UnreadableFile
+from lorameta_rs.member import WEIGHTS
 from lorameta_rs.merge import FILES, Job, Options, merge
 from lorameta_rs.staging import staged
 
@@ -192,7 +193,21 @@ def test_a_full_disk(make_bank, tmp_path, room):
     assert tree(tmp_path) == {}
 
 
-@pytest.mark.parametrize("name", FILES[1:])
+def test_force_does_not_replace_what_no_merge_has_made(make_bank, tmp_path):
+    """A trained adapter has files of the same names; only the record shows who made a folder."""
+    folder = make_bank(["a", "b"]).folder
+    bank = Bank(folder)
+    before = sorted(path.name for path in (folder / "a").iterdir())
+    with pytest.raises(OutputExists, match="no merge has"):
+        bank.merge(np.array([0.5, 0.5]), folder / "a", force=True)
+    assert sorted(path.name for path in (folder / "a").iterdir()) == before
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    bank.merge(np.array([0.5, 0.5]), empty, force=True)
+    assert (empty / WEIGHTS).exists()
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != WEIGHTS])
 def test_a_disk_that_is_full_at_last(make_bank, tmp_path, monkeypatch, name):
     """Each of the small files after the tensors may be the one that finds no room."""
     write = files.write_whole

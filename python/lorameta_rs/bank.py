@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
-import tomllib
 from collections import Counter
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from lorameta_rs import dataset, files
+from lorameta_rs.bank_settings import BankSettings
 from lorameta_rs.config import FILE_NAME
 from lorameta_rs.errors import (
     InvalidBank,
@@ -18,7 +17,7 @@ from lorameta_rs.errors import (
     LoraMetaError,
     MissingFile,
 )
-from lorameta_rs.fingerprint import Fingerprint, Fingerprints
+from lorameta_rs.fingerprint import Fingerprint, Fingerprints, load_all
 from lorameta_rs.member import MLX_WEIGHTS, PICKLE, WEIGHTS, Member, open_members
 from lorameta_rs.tokenizer import Tokenizer
 
@@ -29,12 +28,9 @@ if TYPE_CHECKING:
     from lorameta_rs._metrics import Floats
     from lorameta_rs.ranking import Ranking
 
-SETTINGS = "bank.toml"
 TOKENIZER = "tokenizer.json"
 FINGERPRINT = "fingerprint.safetensors"
 ANY_BASE = "any"
-
-_MAX_SETTINGS = 1 << 20
 
 
 class Bank:
@@ -70,11 +66,15 @@ class Bank:
         self.folder = Path(folder)
         self.columns = None if columns is None else tuple(columns)
         self._fingerprints_folder = None if fingerprints is None else Path(fingerprints)
-        self._settings = _Settings.load(self.folder)
+        self._settings = BankSettings.load(self.folder)
         self.members: list[Member] = []
         self.left_out: dict[str, LoraMetaError] = {}
         self.notes: list[str] = []
-        found = [f for f in member_folders(self.folder) if not _matches(f.name, exclude)]
+        present = member_folders(self.folder)
+        self._note_idle(exclude, [folder.name for folder in present])
+        found = [folder for folder in present if not _matches(folder.name, exclude)]
+        if present and not found:
+            raise InvalidBank(f"`{self.folder}`: --exclude leaves no member")
         folders = [folder for folder in found if _printable(folder.name) == folder.name]
         for odd in set(found) - set(folders):
             name = _printable(odd.name)
@@ -132,12 +132,11 @@ class Bank:
 
     def unfingerprinted(self) -> dict[str, str]:
         """The members without a fresh fingerprint, and why."""
-        reasons = {}
+        known = self._staleness
         for member in self.members:
-            reason = self._stale(member)
-            if reason is not None:
-                reasons[member.name] = reason
-        return reasons
+            if member.name not in known:
+                known[member.name] = self._stale(member)
+        return {name: why for name in self.names if (why := known[name]) is not None}
 
     def fingerprint_path(self, member: Member) -> Path:
         """Where a member's fingerprint lies, or will."""
@@ -158,6 +157,7 @@ class Bank:
     def keep(self, name: str, fingerprint: Fingerprint) -> None:
         """Take a fingerprint that was just made, instead of the one on disk."""
         self._loaded[name] = fingerprint
+        self._staleness[name] = None
         self.__dict__.pop("fingerprints", None)
 
     def leave_out(self, reasons: Mapping[str, LoraMetaError]) -> None:
@@ -213,15 +213,21 @@ class Bank:
     @cached_property
     def _loaded(self) -> dict[str, Fingerprint]:
         """The fingerprints on disk that can be read."""
-        loaded = {}
+        paths = {}
         for member in self.members:
-            try:
-                loaded[member.name] = Fingerprint.load(self.fingerprint_path(member))
-            except MissingFile:
-                pass
-            except LoraMetaError as error:
-                self.notes.append(f"`{member.name}`: {error}")
+            # One that was published beside its adapter serves until there is a newer one.
+            for path in (self.fingerprint_path(member), member.folder / FINGERPRINT):
+                if path.exists():
+                    paths[member.name] = path
+                    break
+        loaded, faults = load_all(paths)
+        self.notes += [f"`{name}`: {error}" for name, error in faults.items()]
         return loaded
+
+    @cached_property
+    def _staleness(self) -> dict[str, str | None]:
+        """Why each member's fingerprint has to be made again, as far as it was asked."""
+        return {}
 
     def _stale(self, member: Member) -> str | None:
         fingerprint = self._loaded.get(member.name)
@@ -247,9 +253,10 @@ class Bank:
     def _leave_out_foreign(self) -> None:
         """Leave out members of another base model, or of other matrices than the others change."""
         kept = []
-        shapes = _usual_shapes(self.members)
+        foreign = {member.name: self._other_base(member) for member in self.members}
+        shapes = _usual_shapes([one for one in self.members if foreign[one.name] is None])
         for member in self.members:
-            fault = self._other_base(member) or _other_shape(member, shapes)
+            fault = foreign[member.name] or _other_shape(member, shapes)
             if fault is None:
                 kept.append(member)
             else:
@@ -285,9 +292,13 @@ class Bank:
         if not self.left_out:
             if (self.folder / FILE_NAME).exists():
                 return f"`{self.folder}` is one adapter; a bank is a folder of adapter folders"
-            return f"`{self.folder}` holds no adapter folder: no member has a `{WEIGHTS}`"
+            return f"`{self.folder}` holds no adapter folder, none with `{WEIGHTS}`"
         reasons = "\n".join(str(error) for error in list(self.left_out.values())[:3])
         return f"`{self.folder}`: none of {len(self.left_out)} members can be used\n{reasons}"
+
+    def _note_idle(self, patterns: Sequence[str], names: Sequence[str]) -> None:
+        idle = [p for p in patterns if not any(_matches(name, [p]) for name in names)]
+        self.notes += [f"--exclude `{pattern}` matches no member" for pattern in idle]
 
     def _note_odd_names(self) -> None:
         if len(self) == 1:
@@ -296,37 +307,6 @@ class Bank:
             if len(alike) > 1:
                 listed = ", ".join(f"`{name}`" for name in alike)
                 self.notes.append(f"the names {listed} differ in case only")
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """What the user's `bank.toml` says; every key is optional."""
-
-    base_model: str | None = None
-    tokenizer: str | None = None
-    datasets: dict[str, str] = field(default_factory=dict)
-    families: dict[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def load(cls, folder: Path) -> _Settings:
-        path = folder / SETTINGS
-        if not path.exists():
-            with files.refusals(folder):
-                folder.stat()
-            return cls()
-        with files.reading(path) as file:
-            text = file.read(_MAX_SETTINGS)
-        try:
-            found = tomllib.loads(text.decode())
-        except (ValueError, RecursionError) as error:
-            raise InvalidBank(f"`{path}`: not TOML: {error}") from error
-        bank = found.get("bank", {})
-        datasets, families = found.get("datasets", {}), found.get("families", {})
-        for name, table in (("bank", bank), ("datasets", datasets), ("families", families)):
-            texts = isinstance(table, dict) and all(isinstance(v, str) for v in table.values())
-            if not texts:
-                raise InvalidBank(f"`{path}`: `[{name}]` has to be a table of texts")
-        return cls(bank.get("base_model"), bank.get("tokenizer"), datasets, families)
 
 
 def member_folders(bank: Path) -> list[Path]:

@@ -10,12 +10,18 @@ class LoraMetaError(Exception):
     """The input cannot be used. The command line prints the message and exits with status 1."""
 
 
-class MissingFile(LoraMetaError, FileNotFoundError):
-    """A file or folder that was named is not there; `filename` is its path."""
-
-
 class UnreadableFile(LoraMetaError, OSError):
     """The operating system refused a file; `errno` and `filename` are set."""
+
+    def __str__(self) -> str:
+        # As all other messages: the file first, and no number.
+        if self.filename is None or self.strerror is None:
+            return super().__str__()
+        return f"`{self.filename}`: {self.strerror}"
+
+
+class MissingFile(UnreadableFile, FileNotFoundError):
+    """A file or folder that was named is not there; `filename` is its path."""
 
 
 class InvalidAdapter(LoraMetaError, ValueError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +16,11 @@ import safetensors.numpy
 
 from lorameta_rs import files
 from lorameta_rs.dataset import texts
-from lorameta_rs.errors import FileChanged, InvalidBank, InvalidDataset
+from lorameta_rs.errors import FileChanged, InvalidBank, InvalidDataset, LoraMetaError
 from lorameta_rs.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -183,13 +183,40 @@ class Fingerprints:
                 )
         return cls(
             indptr=np.cumsum([0, *(len(one.ids) for one in fingerprints)], dtype=np.int64),
-            ids=np.concatenate([one.ids for one in fingerprints]),
-            counts=np.concatenate([one.counts for one in fingerprints]),
+            ids=_joined([one.ids for one in fingerprints]),
+            counts=_joined([one.counts for one in fingerprints]),
             vocab_size=first.vocab_size,
         )
 
     def __len__(self) -> int:
         return len(self.indptr) - 1
+
+
+def load_all(
+    paths: Mapping[str, Path],
+) -> tuple[dict[str, Fingerprint], dict[str, LoraMetaError]]:
+    """The fingerprints at `paths` by name, and what is wrong with those that cannot be read.
+
+    They lie side by side in memory, so that `Fingerprints.stack` need not copy them: those of a
+    large bank are most of what a ranking holds.
+    """
+    # A file holds 12 bytes for each of its ids, and more. What stays unused is never touched.
+    room = sum(path.stat().st_size for path in paths.values() if path.is_file()) // 12
+    ids, counts = np.empty(room, np.uint32), np.empty(room, np.uint64)
+    loaded: dict[str, Fingerprint] = {}
+    faults: dict[str, LoraMetaError] = {}
+    start = 0
+    for name, path in paths.items():
+        try:
+            one = Fingerprint.load(path)
+        except LoraMetaError as error:
+            faults[name] = error
+            continue
+        place = slice(start, start + len(one.ids))
+        ids[place], counts[place] = one.ids, one.counts
+        loaded[name] = replace(one, ids=ids[place], counts=counts[place])
+        start = place.stop
+    return loaded, faults
 
 
 def token_distribution(
@@ -312,6 +339,22 @@ def _record(dataset: dict[str, Any]) -> DatasetRecord:
         }:
             return DatasetRecord(name, size, mtime_ns, sha256)
     raise ValueError("its metadata has a broken record of the dataset")
+
+
+def _joined(vectors: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """The vectors one behind the other; in place where they lie so already."""
+    first = vectors[0]
+    room = first.base
+    ends = np.cumsum([vector.nbytes for vector in vectors])
+    starts = first.ctypes.data + ends - [vector.nbytes for vector in vectors]
+    beside = all(
+        vector.base is room and vector.ctypes.data == start
+        for vector, start in zip(vectors, starts, strict=True)
+    )
+    if not beside or not isinstance(room, np.ndarray) or room.ndim != 1:
+        return np.concatenate(vectors)
+    begin = (first.ctypes.data - room.ctypes.data) // room.itemsize
+    return np.asarray(room[begin : begin + int(ends[-1]) // room.itemsize])
 
 
 def _columns(columns: Sequence[str] | None) -> tuple[str, ...] | None:

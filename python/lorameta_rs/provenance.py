@@ -80,14 +80,32 @@ class Provenance:
                     f"`{path}`: format {found['format']!r}, this version reads {FORMAT}"
                 )
             record = cls(**{name: found[name] for name in cls.__dataclass_fields__})
-            for member in record.members:
-                if not isinstance(member["name"], str):
-                    raise TypeError("a member's name is no text")
-                member["coefficient"] = float(member["coefficient"])
-            Path(record.settings["bank"])
+            _check(record)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InvalidSetting(f"`{path}`: not a {FILE_NAME}: {error!r}") from error
         return record
+
+
+def _check(record: Provenance) -> None:
+    """See that a record has what is needed to repeat it; `ValueError` if not."""
+    match record.settings:
+        case {
+            "bank": str(bank),
+            "base_model": str() | None,
+            "dtype": str(),
+            "allow_nan": bool(),
+        } if "\0" not in bank:
+            pass
+        case _:
+            raise ValueError("its settings lack bank, base_model, dtype or allow_nan")
+    if not isinstance(record.method, str):
+        raise ValueError("its method is no text")
+    for member in record.members:
+        match member:
+            case {"name": str(), "sha256": str() | None, "coefficient": int() | float() as given}:
+                member["coefficient"] = float(given)
+            case _:
+                raise ValueError("a member lacks its name, sha256 or coefficient")
 
 
 def provenance(

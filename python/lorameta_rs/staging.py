@@ -12,29 +12,26 @@ from lorameta_rs import files
 from lorameta_rs.errors import InvalidSetting, OutputExists
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 
 @contextmanager
-def staged(outs: Sequence[Path], owned: Collection[str], force: bool) -> Iterator[list[Path]]:
+def staged(
+    outs: Sequence[Path], owned: Sequence[str] = (), force: bool = False
+) -> Iterator[list[Path]]:
     """Folders to fill; when the block ends well they become `outs`, all of them.
 
     Args:
         outs: The folders to be made; their parents are made too.
-        owned: The names of the files that are put there. A folder that is replaced may hold no
-            others, so that `force` never deletes what somebody else put there.
-        force: Replace folders that exist.
+        owned: As `check`.
+        force: As `check`.
 
     Raises:
-        OutputExists: A folder exists, and is not to be or must not be replaced.
-        InvalidSetting: Two outputs are the same folder.
+        OutputExists, InvalidSetting: As `check`.
         UnreadableFile: A folder cannot be made.
     """
-    if len({os.path.realpath(out) for out in outs}) < len(outs):
-        raise InvalidSetting("two outputs have the same path; give each dataset its own -o")
-    for out in outs:
-        _check(out, owned, force)
+    check(outs, owned, force)
     stages = [_beside(out) for out in outs]
     parents = {
         parent for stage in stages for parent in stage.parents if not os.path.lexists(parent)
@@ -44,8 +41,7 @@ def staged(outs: Sequence[Path], owned: Collection[str], force: bool) -> Iterato
             with files.refusals(stage.parent):
                 stage.mkdir(parents=True)
         yield stages
-        for out in outs:
-            _check(out, owned, force)  # again: it may have appeared meanwhile
+        check(outs, owned, force)  # again: one may have appeared meanwhile
         _place(stages, outs)
     finally:
         for stage in stages:
@@ -55,7 +51,27 @@ def staged(outs: Sequence[Path], owned: Collection[str], force: bool) -> Iterato
                 parent.rmdir()  # refused where a folder has appeared in it
 
 
-def _check(out: Path, owned: Collection[str], force: bool) -> None:
+def check(outs: Sequence[Path], owned: Sequence[str] = (), force: bool = False) -> None:
+    """See that folders can be made, or replaced.
+
+    Args:
+        outs: The folders.
+        owned: The names of the files that are put there, first the one that shows who made a
+            folder. A folder that is replaced has that one and no others, or is empty, so that
+            `force` never deletes what somebody else put there.
+        force: Replace folders that exist.
+
+    Raises:
+        OutputExists: A folder exists, and is not to be or must not be replaced.
+        InvalidSetting: Two outputs are the same folder.
+    """
+    if len({os.path.realpath(out) for out in outs}) < len(outs):
+        raise InvalidSetting("two outputs have the same path; give each dataset its own -o")
+    for out in outs:
+        _check(out, owned, force)
+
+
+def _check(out: Path, owned: Sequence[str], force: bool) -> None:
     if not os.path.lexists(out):
         return
     if not force:
@@ -63,10 +79,16 @@ def _check(out: Path, owned: Collection[str], force: bool) -> None:
     if not out.is_dir() or out.is_symlink():
         raise OutputExists(f"`{out}` is not a folder, and is not replaced")
     with files.refusals(out):
-        strange = sorted({entry.name for entry in out.iterdir()} - set(owned))
+        found = {entry.name for entry in out.iterdir()}
+    strange = sorted(found.difference(owned))
     if strange:
         raise OutputExists(
             f"`{out}` is not replaced: it holds `{strange[0]}`, which no merge has written\n"
+            "choose another -o"
+        )
+    if found and owned[0] not in found:
+        raise OutputExists(
+            f"`{out}` is not replaced: it has no `{owned[0]}`, so no merge has made it\n"
             "choose another -o"
         )
 

@@ -100,10 +100,10 @@ class Tokenizer:
 
     @cached_property
     def _backend(self) -> tokenizers.Tokenizer:
-        with files.reading(self.path):
-            pass  # says what is wrong with the file itself better than the library does
+        with files.reading(self.path) as file:
+            content = file.read()
         try:
-            backend = tokenizers.Tokenizer.from_file(str(self.path))
+            backend = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises nothing more precise
             raise InvalidBank(f"`{self.path}`: not a tokenizer: {error}") from error
         # Left over from training in some files: they would cut texts off and count padding.

@@ -99,6 +99,13 @@ impl<'a> Soup<'a> {
         }
         let open =
             |adapter: &&Adapter| Source::new(adapter.file()?, self.options.io).at(&adapter.path);
+        #[cfg(unix)]
+        if self.options.io == Io::Read {
+            // One descriptor for each adapter and output, and what a process has anyway. Where the
+            // system refuses, opening the files will say so.
+            let needed = self.bank.adapters.len() + outputs.len() + 64;
+            let _ = rlimit::increase_nofile_limit(needed as u64);
+        }
         let sources = self.bank.adapters.iter().map(open).collect::<Result<Vec<_>>>()?;
         let tensors = self.bank.slots.iter().map(|slot| (&slot.name[..], &slot.shape[..]));
         let writers = outputs

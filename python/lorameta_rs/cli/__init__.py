@@ -61,7 +61,10 @@ def run(arguments: list[str]) -> int:
         except (click.Abort, KeyboardInterrupt):
             console.say("interrupted")
             return INTERRUPTED
-        except (LoraMetaError, OSError) as error:
-            console.fail(console.describe(error))
+        except LoraMetaError as error:
+            console.fail(str(error))
+            return UNUSABLE
+        except OSError as error:  # stdout itself: a full device
+            console.fail(error.strerror or str(error))
             return UNUSABLE
     return status or DONE

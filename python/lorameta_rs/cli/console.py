@@ -31,19 +31,12 @@ def fail(text: str) -> None:
     _write(click.style("error: ", fg="red") + _printable(text), err=True)
 
 
-def describe(error: Exception) -> str:
-    """An error's text; a system's error begins with its file, as all others do."""
-    if not isinstance(error, OSError) or error.strerror is None:
-        return str(error)
-    return error.strerror if error.filename is None else f"`{error.filename}`: {error.strerror}"
-
-
 def report(bank: Bank, said: frozenset[str] = frozenset()) -> frozenset[str]:
     """Say which members are left out and why, and what is odd about others.
 
     Returns all that has been said; given to the next call, nothing is said twice.
     """
-    left_out = [f"`{name}` is left out: {describe(e)}" for name, e in bank.left_out.items()]
+    left_out = [f"`{name}` is left out: {e}" for name, e in bank.left_out.items()]
     lines = dict.fromkeys([*left_out, *bank.notes])
     for line in lines:
         if line not in said:

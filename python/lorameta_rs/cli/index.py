@@ -42,7 +42,7 @@ def index(bank: Path, metrics: tuple[str, ...], as_json: bool, **arguments: Any)
         with console.progress(f"comparing datasets by {metric}") as update:
             nearest_distances(opened, metric, patient=True, progress=update)
     if as_json:
-        reasons = {name: console.describe(error) for name, error in opened.left_out.items()}
+        reasons = {name: str(error) for name, error in opened.left_out.items()}
         console.data(
             {
                 "members": opened.names,

@@ -45,7 +45,7 @@ def inspect(paths: Sequence[Path], no_data: bool, as_json: bool) -> None:
             if isinstance(opened, Member):
                 found.append(_member(opened, look=not no_data))
             else:
-                fault = console.describe(opened)
+                fault = str(opened)
                 found.append({"adapter": str(folder), "usable": False, "faults": [fault]})
     if as_json:
         console.data(found)

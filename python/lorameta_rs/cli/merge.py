@@ -160,6 +160,8 @@ def _compared(
 ) -> tuple[Bank, list[Job]]:
     """A job for each dataset."""
     from lorameta_rs.flow import jobs_for
+    from lorameta_rs.merge import FILES
+    from lorameta_rs.staging import check
 
     if len(outs) == len(datasets):
         folders = list(outs)
@@ -167,6 +169,7 @@ def _compared(
         folders = [outs[0] / dataset.name.split(".")[0] for dataset in datasets]
     else:
         raise click.UsageError(f"{len(datasets)} datasets, {len(outs)} -o: give one, or as many")
+    check(folders, FILES, arguments["force"])
     settings = options.settings_from(arguments)
     opened = options.bank_from(bank, arguments)
     fingerprinted(opened, keep)

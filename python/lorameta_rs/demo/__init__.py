@@ -36,7 +36,7 @@ def copy_out(folder: Path) -> Demo:
     """
     with (
         as_file(files(__name__)) as data,
-        staged([folder], owned=(), force=False) as (stage,),
+        staged([folder]) as (stage,),
         refusals(folder),
     ):
         shutil.copytree(data / "bank", stage / "bank", copy_function=shutil.copyfile)
