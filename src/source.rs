@@ -1,5 +1,6 @@
-//! Where an adapter's bytes come from: mapped into memory, or read piece by piece.
-#![expect(unsafe_code, reason = "a mapped file, and giving its pages back")]
+//! Where an adapter's bytes come from: mapped into memory, or read piece by piece; and what else
+//! the operating system is asked about files.
+#![expect(unsafe_code, reason = "a mapped file, giving its pages back, and calls to the system")]
 
 use std::{fs::File, io, ops::Range};
 
@@ -104,6 +105,27 @@ fn cached(bytes: &[u8]) -> bool {
 #[cfg(all(unix, not(target_os = "linux")))]
 fn cached(_: &[u8]) -> bool {
     false
+}
+
+/// Have the system begin to write `length` bytes of `file` from `start` on to the disk, without
+/// waiting: so the disk is at work while the sums are, and a flush at the end finds little left.
+pub(crate) fn begin_flush(file: &File, start: u64, length: usize) {
+    #[cfg(target_os = "linux")]
+    {
+        use std::os::fd::AsRawFd;
+        // SAFETY: the descriptor is open as long as `file` is borrowed; no memory is involved.
+        // Where a file system cannot do this, the flush at the end does it all.
+        let _ = unsafe {
+            libc::sync_file_range(
+                file.as_raw_fd(),
+                start as i64,
+                length as i64,
+                libc::SYNC_FILE_RANGE_WRITE,
+            )
+        };
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = (file, start, length);
 }
 
 #[cfg(unix)]

@@ -15,6 +15,7 @@ use tempfile::NamedTempFile;
 use crate::{
     Dtype,
     error::{At, Result},
+    source::begin_flush,
 };
 
 /// A file that is being written beside its place.
@@ -57,6 +58,7 @@ impl Writer {
             (Cow::Owned(bytes), finite)
         };
         write_all_at(self.file.as_file(), &bytes, offset).at(&self.path)?;
+        begin_flush(self.file.as_file(), offset, bytes.len());
         Ok(finite)
     }
 

@@ -88,7 +88,8 @@ impl<'a> Soup<'a> {
         &self.plan
     }
 
-    /// Write one safetensors file of type `dtype` for each target. All appear, or none.
+    /// Write one safetensors file of type `dtype` for each target. None appears before all are
+    /// complete.
     ///
     /// # Errors
     /// A file cannot be read or written, or changed meanwhile; a tensor or a sum is not finite;
