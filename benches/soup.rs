@@ -2,7 +2,7 @@
 //!
 //! ```sh
 //! python benches/bank.py /tmp/bank --members 64
-//! cargo bench --bench soup -- /tmp/bank [--targets 32] [--io mmap] [--cold] [--threads 2]
+//! cargo bench --bench soup -- /tmp/bank [--targets 32] [--io read] [--cold] [--threads 2]
 //! ```
 //!
 //! Rounds of job and limits take turns, because these machines are shared; the ratio is that of the
@@ -29,7 +29,7 @@ const ROUNDS: usize = 9;
 struct Arguments {
     bank: PathBuf,
     targets: usize,
-    io: Io,
+    io: Option<Io>,
     cold: bool,
     threads: usize,
     memory: usize,
@@ -108,7 +108,7 @@ fn arguments() -> Result<Arguments, Box<dyn Error>> {
     let mut found = Arguments {
         bank: PathBuf::new(),
         targets: 1,
-        io: Io::default(),
+        io: None,
         cold: false,
         threads: 0,
         memory: 64,
@@ -120,7 +120,7 @@ fn arguments() -> Result<Arguments, Box<dyn Error>> {
             "--targets" => found.targets = next()?.parse()?,
             "--threads" => found.threads = next()?.parse()?,
             "--memory" => found.memory = next()?.parse()?,
-            "--io" => found.io = if next()? == "mmap" { Io::Mmap } else { Io::Read },
+            "--io" => found.io = Some(if next()? == "mmap" { Io::Mmap } else { Io::Read }),
             "--cold" => found.cold = true,
             _ => found.bank = word.into(),
         }

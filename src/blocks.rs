@@ -1,6 +1,7 @@
 //! The plan of a job: the tensors cut into runs of columns, small enough for the memory budget.
 
 use crate::{
+    Dtype,
     bank::Bank,
     error::{Error, Result},
     source::Io,
@@ -13,15 +14,15 @@ pub struct Options {
     pub threads: usize,
     /// The memory budget, in bytes: what the job allocates and what it keeps mapped at a time.
     pub memory: usize,
-    /// How files are read.
-    pub io: Io,
+    /// How files are read; `None` chooses what is faster for the job, see `Plan`.
+    pub io: Option<Io>,
     /// Sum NaN and infinity like other numbers, instead of refusing them.
     pub allow_nan: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { threads: 0, memory: 64 << 20, io: Io::default(), allow_nan: false }
+        Self { threads: 0, memory: 64 << 20, io: None, allow_nan: false }
     }
 }
 
@@ -61,6 +62,8 @@ pub struct Plan {
     pub threads: usize,
     /// How many adapters are summed in one pass over the sums.
     pub(crate) group: usize,
+    /// How files are read.
+    pub(crate) io: Io,
     runs: Vec<Run>,
     /// How many runs are written in one go.
     together: usize,
@@ -103,6 +106,12 @@ impl Plan {
         });
         let widest = held().map(|holder| bank.tensor(*holder).dtype.bytes()).max().unwrap_or(4);
         let total: usize = bank.slots.iter().map(|slot| slot.len()).sum();
+        // Mapped rows are best where they are used in place, and once. Several targets use them
+        // again from the cache, and there rows that begin at the same place of their pages compete
+        // for the same lines; a read lays them apart.
+        let in_place = held().all(|holder| bank.tensor(*holder).dtype == Dtype::F32);
+        let faster = if in_place && targets < 4 { Io::Mmap } else { Io::Read };
+        let io = options.io.unwrap_or(faster);
 
         // Of each thread, in bytes: per element of a run the rows of a group; per element of what
         // is written together the sums, and a target's sums once more in the output's type.
@@ -117,7 +126,7 @@ impl Plan {
                 needed: needed.div_ceil(1 << 20),
             });
         }
-        let longest = match options.io {
+        let longest = match io {
             Io::Mmap => LONGEST,
             Io::Read => (NEAR / (4 * (group + targets))).max(SHORTEST),
         };
@@ -132,6 +141,7 @@ impl Plan {
             memory: threads * (fixed + length * row + together * length * sum),
             threads,
             group,
+            io,
             runs: cut(bank.slots.iter().map(|slot| slot.len()), length),
             together,
         })
@@ -224,8 +234,12 @@ mod tests {
                 [1, 2, 8, 64].into_iter().flat_map(|m| [(m, Io::Mmap), (m, Io::Read)])
             {
                 let memory_bytes = memory << 20;
-                let options =
-                    Options { threads: 1, memory: memory_bytes, io, ..Options::default() };
+                let options = Options {
+                    threads: 1,
+                    memory: memory_bytes,
+                    io: Some(io),
+                    ..Options::default()
+                };
                 match Plan::new(&bank, targets, &options) {
                     Ok(plan) => {
                         assert!(plan.memory <= options.memory, "{targets} {memory}: {plan:?}");

@@ -7,16 +7,12 @@ use std::{fs::File, io, ops::Range};
 use memmap2::Mmap;
 
 /// How the bank is read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Io {
-    /// Positional reads into buffers that stay in the cache. As fast as mapped files for one
-    /// target and faster for many, whose rows they lay apart (mapped rows begin at the same place
-    /// of their pages, and compete for the same lines of the L1 cache); and a file that vanishes
-    /// is an error.
-    #[default]
-    Read,
     /// Files are mapped into memory. A file that is cut short meanwhile kills the process.
     Mmap,
+    /// Positional reads, for network and FUSE mounts, where files may vanish.
+    Read,
 }
 
 /// The size of a huge page on the systems that use them for files.

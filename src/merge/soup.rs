@@ -99,9 +99,9 @@ impl<'a> Soup<'a> {
             return Err(Error::Setting("expected an output for each target".to_owned()));
         }
         let open =
-            |adapter: &&Adapter| Source::new(adapter.file()?, self.options.io).at(&adapter.path);
+            |adapter: &&Adapter| Source::new(adapter.file()?, self.plan.io).at(&adapter.path);
         #[cfg(unix)]
-        if self.options.io == Io::Read {
+        if self.plan.io == Io::Read {
             // One descriptor for each adapter and output, and what a process has anyway. Where the
             // system refuses, opening the files will say so.
             let needed = self.bank.adapters.len() + outputs.len() + 64;
@@ -267,9 +267,9 @@ impl<'a> Worker<'a> {
             .flat_map(|target| holders.iter().map(move |h| soup.weight(target, slot, *h)))
             .collect();
         let ranges: Vec<Range<u64>> = holders.iter().map(|h| soup.bytes(piece, *h)).collect();
-        let room = |range: &Range<u64>| match soup.options.io {
+        let room = |range: &Range<u64>| match soup.plan.io {
             Io::Mmap => 0,
-            // In words, and a cache line apart: see `Io::Read`.
+            // In words, and a cache line apart: see `Plan::new`.
             Io::Read => ((range.end - range.start) as usize).next_multiple_of(64) / 8 + 8,
         };
         let needed = ranges.iter().map(room).sum();
@@ -498,7 +498,7 @@ mod tests {
         for threads in [1, 2, 5] {
             for io in [Io::Mmap, Io::Read] {
                 for memory in [3 << 20, 64 << 20] {
-                    let options = Options { threads, memory, io, allow_nan: false };
+                    let options = Options { threads, memory, io: Some(io), allow_nan: false };
                     let got = case.run(&coefficients, Some(&strengths), options).unwrap();
                     assert_eq!(*first.get_or_insert(got.clone()), got, "{threads} {io:?} {memory}");
                 }
