@@ -29,7 +29,7 @@ const ROUNDS: usize = 9;
 struct Arguments {
     bank: PathBuf,
     targets: usize,
-    io: Option<Io>,
+    io: Io,
     cold: bool,
     threads: usize,
     memory: usize,
@@ -70,7 +70,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     check(&adapters, &coefficients, &outputs)?;
     println!("checked against float64; bank read once: {:.2} GB", watch.done() as f64 / 1e9);
 
-    let threads = plan.threads;
+    let threads = std::thread::available_parallelism()?.get();
     let mut job = Vec::new();
     let mut read = Vec::new();
     let mut multiply = Vec::new();
@@ -108,7 +108,7 @@ fn arguments() -> Result<Arguments, Box<dyn Error>> {
     let mut found = Arguments {
         bank: PathBuf::new(),
         targets: 1,
-        io: None,
+        io: Io::Read,
         cold: false,
         threads: 0,
         memory: 64,
@@ -120,7 +120,7 @@ fn arguments() -> Result<Arguments, Box<dyn Error>> {
             "--targets" => found.targets = next()?.parse()?,
             "--threads" => found.threads = next()?.parse()?,
             "--memory" => found.memory = next()?.parse()?,
-            "--io" => found.io = Some(if next()? == "mmap" { Io::Mmap } else { Io::Read }),
+            "--io" => found.io = if next()? == "mmap" { Io::Mmap } else { Io::Read },
             "--cold" => found.cold = true,
             _ => found.bank = word.into(),
         }

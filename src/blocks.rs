@@ -1,7 +1,6 @@
 //! The plan of a job: the tensors cut into runs of columns, small enough for the memory budget.
 
 use crate::{
-    Dtype,
     bank::Bank,
     error::{Error, Result},
     source::Io,
@@ -10,27 +9,30 @@ use crate::{
 /// How a job is to be run.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Worker threads; 0 for as many as the machine has cores.
+    /// Worker threads; 0 for one a core, or two where files are read, so that one can sum while
+    /// another waits for a disk.
     pub threads: usize,
     /// The memory budget, in bytes: what the job allocates and what it keeps mapped at a time.
     pub memory: usize,
-    /// How files are read; `None` chooses what is faster for the job, see `Plan`.
-    pub io: Option<Io>,
+    /// How files are read.
+    pub io: Io,
     /// Sum NaN and infinity like other numbers, instead of refusing them.
     pub allow_nan: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { threads: 0, memory: 64 << 20, io: None, allow_nan: false }
+        Self { threads: 0, memory: 64 << 20, io: Io::Read, allow_nan: false }
     }
 }
 
 impl Options {
     pub(crate) fn threads(&self) -> usize {
-        match self.threads {
-            0 => std::thread::available_parallelism().map_or(1, usize::from),
-            threads => threads,
+        let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+        match (self.threads, self.io) {
+            (0, Io::Read) => 2 * cores(),
+            (0, Io::Mmap) => cores(),
+            (threads, _) => threads,
         }
     }
 }
@@ -74,6 +76,9 @@ pub struct Plan {
 /// last target has used them.
 pub(crate) const STRIP: usize = 2048;
 
+/// From so many targets on a row is used again and again, and is worth widening once.
+pub(crate) const REUSED: usize = 4;
+
 /// The longest run, in elements. Of mapped files, 4 MiB of each adapter: giving pages back costs
 /// by the call, and longer runs gain nothing.
 const LONGEST: usize = 1 << 20;
@@ -81,6 +86,9 @@ const LONGEST: usize = 1 << 20;
 /// What a thread works on between two positional reads, in bytes: a group's rows should still be
 /// in the L2 cache, and their sums not far from it, when they are used.
 const NEAR: usize = 2 << 20;
+
+/// The sums that a thread writes in one go, in bytes: they should still be in a cache then.
+const SUMMED: usize = 4 << 20;
 
 /// The shortest run that is worth a read, and what runs are a multiple of: whole cache lines, and
 /// whole tiles of the widest kernel.
@@ -104,15 +112,9 @@ impl Plan {
             let range = &bank.tensor(*holder).bytes;
             range.end - range.start
         });
+        let io = options.io;
         let widest = held().map(|holder| bank.tensor(*holder).dtype.bytes()).max().unwrap_or(4);
         let total: usize = bank.slots.iter().map(|slot| slot.len()).sum();
-        // Mapped rows are best where they are used in place, and once. Several targets use them
-        // again from the cache, and there rows that begin at the same place of their pages compete
-        // for the same lines; a read lays them apart.
-        let in_place = held().all(|holder| bank.tensor(*holder).dtype == Dtype::F32);
-        let faster = if in_place && targets < 4 { Io::Mmap } else { Io::Read };
-        let io = options.io.unwrap_or(faster);
-
         // Of each thread, in bytes: per element of a run the rows of a group; per element of what
         // is written together the sums, and a target's sums once more in the output's type.
         let (row, sum) = (group * widest, targets * 4 + 4);
@@ -135,7 +137,8 @@ impl Plan {
         let length = fits.min(longest).min(turn);
         let length = length - length % TILE.min(length.max(1));
         let room = share.saturating_sub(fixed + length * row) / (sum * length.max(1));
-        let together = (turn / length.max(1)).clamp(1, room.max(1));
+        let near = SUMMED / (sum * length.max(1));
+        let together = (turn / length.max(1)).min(near).clamp(1, room.max(1));
         Ok(Self {
             bytes: bytes.sum(),
             memory: threads * (fixed + length * row + together * length * sum),
@@ -234,12 +237,8 @@ mod tests {
                 [1, 2, 8, 64].into_iter().flat_map(|m| [(m, Io::Mmap), (m, Io::Read)])
             {
                 let memory_bytes = memory << 20;
-                let options = Options {
-                    threads: 1,
-                    memory: memory_bytes,
-                    io: Some(io),
-                    ..Options::default()
-                };
+                let options =
+                    Options { threads: 1, memory: memory_bytes, io, ..Options::default() };
                 match Plan::new(&bank, targets, &options) {
                     Ok(plan) => {
                         assert!(plan.memory <= options.memory, "{targets} {memory}: {plan:?}");

@@ -14,8 +14,10 @@ use std::sync::OnceLock;
 use crate::Dtype;
 
 /// `sums[k · stride + j] += Σ_i weights[k · n + i] · rows[i][j]` for every column j of the rows,
-/// K targets by n rows; each column is summed in the order of the rows.
-pub type AddProducts = fn(sums: &mut [f32], stride: usize, rows: &[&[f32]], weights: &[f32]);
+/// K targets by n rows; each column is summed in the order of the rows. The rows are the
+/// little-endian bytes of float32, float16 or bfloat16, at any alignment.
+pub type AddProducts =
+    fn(sums: &mut [f32], stride: usize, dtype: Dtype, rows: &[&[u8]], weights: &[f32]);
 
 /// The numbers of little-endian `bytes` as float32; float64 is rounded to nearest.
 pub type Widen = fn(dtype: Dtype, bytes: &[u8], numbers: &mut [f32]);
@@ -34,19 +36,19 @@ pub struct Kernel {
 /// Every kernel that this machine runs, narrowest first.
 pub fn available() -> Vec<Kernel> {
     #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut))]
-    let mut kernels = vec![Kernel {
-        name: "scalar",
-        add_products: scalar::add_products::<4, 16>,
-        widen: scalar::widen,
-    }];
+    let mut kernels =
+        vec![Kernel { name: "scalar", add_products: scalar::add_products, widen: scalar::widen }];
     #[cfg(target_arch = "x86_64")]
     {
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+        if is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c")
+        {
             kernels.push(Kernel {
                 name: "avx2",
-                // SAFETY: listed only where AVX2 and FMA were just detected.
-                add_products: |sums, stride, rows, weights| unsafe {
-                    x86_64::add_products_avx2(sums, stride, rows, weights)
+                // SAFETY: listed only where AVX2, FMA and F16C were just detected.
+                add_products: |sums, stride, dtype, rows, weights| unsafe {
+                    x86_64::add_products_avx2(sums, stride, dtype, rows, weights)
                 },
                 // SAFETY: as above.
                 widen: |dtype, bytes, numbers| unsafe { x86_64::widen_avx2(dtype, bytes, numbers) },
@@ -56,8 +58,8 @@ pub fn available() -> Vec<Kernel> {
             kernels.push(Kernel {
                 name: "avx512",
                 // SAFETY: listed only where AVX-512 F and BW were just detected; F implies FMA.
-                add_products: |sums, stride, rows, weights| unsafe {
-                    x86_64::add_products_avx512(sums, stride, rows, weights)
+                add_products: |sums, stride, dtype, rows, weights| unsafe {
+                    x86_64::add_products_avx512(sums, stride, dtype, rows, weights)
                 },
                 // SAFETY: as above.
                 widen: |dtype, bytes, numbers| unsafe {
@@ -90,7 +92,7 @@ mod tests {
     }
 
     /// The sums by one plain loop, the columns one after another.
-    fn plain(sums: &mut [f32], stride: usize, rows: &[&[f32]], weights: &[f32]) {
+    fn plain(sums: &mut [f32], stride: usize, rows: &[Vec<f32>], weights: &[f32]) {
         for (k, weights) in weights.chunks(rows.len()).enumerate() {
             for j in 0..rows[0].len() {
                 for (row, &weight) in rows.iter().zip(weights) {
@@ -101,24 +103,36 @@ mod tests {
         }
     }
 
+    /// Numbers as bytes of `dtype` that begin at an odd place, and what they then are.
+    fn rounded(dtype: Dtype, numbers: &[f32]) -> (Vec<u8>, Vec<f32>) {
+        let (bytes, _) = crate::writer::narrow(dtype, numbers);
+        let mut kept = vec![0.0; numbers.len()];
+        scalar::widen(dtype, &bytes, &mut kept);
+        ([&[0], &bytes[..]].concat(), kept)
+    }
+
     #[test]
     fn all_kernels_give_the_bits_of_the_plain_loop() {
-        for kernel in available() {
+        for (kernel, dtype) in available()
+            .iter()
+            .flat_map(|kernel| [Dtype::F32, Dtype::F16, Dtype::BF16].map(|dtype| (kernel, dtype)))
+        {
             for len in (0..70).chain([127, 128, 129, 2048]) {
                 for (targets, members) in [(1, 1), (1, 3), (2, 8), (4, 5), (5, 2), (9, 3)] {
-                    let rows: Vec<_> = (0..members).map(|i| numbers(len, i as u32)).collect();
-                    let rows: Vec<&[f32]> = rows.iter().map(|row| &row[..]).collect();
+                    let (bytes, rows): (Vec<_>, Vec<_>) =
+                        (0..members).map(|i| rounded(dtype, &numbers(len, i as u32))).unzip();
+                    let bytes: Vec<&[u8]> = bytes.iter().map(|bytes| &bytes[1..]).collect();
                     let weights = numbers(targets * members, 99);
                     let stride = len + 3;
                     let mut got = numbers(targets * stride, 7);
                     let mut expected = got.clone();
-                    (kernel.add_products)(&mut got, stride, &rows, &weights);
+                    (kernel.add_products)(&mut got, stride, dtype, &bytes, &weights);
                     plain(&mut expected, stride, &rows, &weights);
                     let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
                     assert_eq!(
                         bits(&got),
                         bits(&expected),
-                        "{}: {targets} targets, {members} rows of {len}",
+                        "{}, {dtype}: {targets} targets, {members} rows of {len}",
                         kernel.name
                     );
                 }

@@ -6,6 +6,10 @@
 //! [`merge`] sums them with the [`kernels`] of the machine, and a `writer` puts the result down,
 //! whole or not at all. A [`Watch`] tells how far a job is, and stops it.
 
+// Files are little-endian, and their bytes are used where they lie.
+#[cfg(target_endian = "big")]
+compile_error!("lorameta runs on little-endian machines only");
+
 pub mod adapter;
 mod bank;
 pub mod blocks;

@@ -150,7 +150,7 @@ fn scan(py: Python<'_>, adapter: Py<PyAdapter>) -> PyResult<Vec<(String, &'stati
 }
 
 #[pyfunction]
-#[pyo3(signature = (adapters, coefficients, *, strengths=None, threads=0, memory, io="auto"))]
+#[pyo3(signature = (adapters, coefficients, *, strengths=None, threads=0, memory, io="read"))]
 fn plan_soup(
     py: Python<'_>,
     adapters: Vec<Py<PyAdapter>>,
@@ -171,7 +171,7 @@ fn plan_soup(
 
 #[pyfunction]
 #[pyo3(signature = (adapters, coefficients, outputs, *, strengths=None, dtype="float32",
-                    threads=0, memory, io="auto", allow_nan=false, progress=None))]
+                    threads=0, memory, io="read", allow_nan=false, progress=None))]
 #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python function")]
 fn soup(
     py: Python<'_>,
@@ -205,12 +205,11 @@ fn unwrap(adapters: Vec<Py<PyAdapter>>) -> Vec<Adapter> {
     adapters.into_iter().map(|adapter| adapter.get().0.clone()).collect()
 }
 
-fn io_named(name: &str) -> Result<Option<Io>> {
+fn io_named(name: &str) -> Result<Io> {
     match name {
-        "auto" => Ok(None),
-        "mmap" => Ok(Some(Io::Mmap)),
-        "read" => Ok(Some(Io::Read)),
-        _ => Err(Error::Setting(format!("io is `{name}`, expected auto, mmap or read"))),
+        "read" => Ok(Io::Read),
+        "mmap" => Ok(Io::Mmap),
+        _ => Err(Error::Setting(format!("io is `{name}`, expected read or mmap"))),
     }
 }
 

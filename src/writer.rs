@@ -99,7 +99,7 @@ fn header<'a>(
 }
 
 /// `numbers` as little-endian bytes of `dtype`, and whether all of them are finite in it.
-fn narrow(dtype: Dtype, numbers: &[f32]) -> (Vec<u8>, bool) {
+pub(crate) fn narrow(dtype: Dtype, numbers: &[f32]) -> (Vec<u8>, bool) {
     fn all<const N: usize>(
         numbers: &[f32],
         one: impl Fn(f32) -> ([u8; N], bool),

@@ -414,7 +414,7 @@ def test_coefficients_that_cannot_be_used(make_bank, tmp_path, row, said):
     [
         ({"method": "svd"}, "method `svd`: expected one of soup"),
         ({"dtype": "int8"}, "dtype `int8`: expected one of float32, float16, bfloat16"),
-        ({"io": "magic"}, "io `magic`: expected one of auto, mmap, read"),
+        ({"io": "magic"}, "io `magic`: expected one of read, mmap"),
         ({"memory": 1 << 10}, "raise --memory"),
     ],
 )

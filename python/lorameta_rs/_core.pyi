@@ -75,7 +75,7 @@ def plan_soup(
     strengths: Sequence[Sequence[float]] | None = None,
     threads: int = 0,
     memory: int,
-    io: str = "auto",
+    io: str = "read",
 ) -> Plan: ...
 def soup(
     adapters: Sequence[Adapter],
@@ -86,7 +86,7 @@ def soup(
     dtype: str = "float32",
     threads: int = 0,
     memory: int,
-    io: str = "auto",
+    io: str = "read",
     allow_nan: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> Plan: ...

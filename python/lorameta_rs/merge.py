@@ -66,7 +66,7 @@ class Options:
     """Worker threads; 0 for one a core."""
     memory: int = MEMORY
     """The budget for what the merge allocates and keeps mapped, in bytes."""
-    io: str = "auto"
+    io: str = "read"
     """`mmap` for mapped files, which must not be cut short meanwhile; `read` for network mounts;
     `auto` for what is faster: mapped for up to three targets of float32, else read."""
     allow_nan: bool = False
@@ -80,7 +80,7 @@ class Options:
         for name, found, known in (
             ("method", self.method, METHODS),
             ("dtype", self.dtype, DTYPES),
-            ("io", self.io, ("auto", "mmap", "read")),
+            ("io", self.io, ("read", "mmap")),
         ):
             if found not in known:
                 raise InvalidSetting(f"{name} `{found}`: expected one of {', '.join(known)}")

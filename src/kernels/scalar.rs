@@ -2,72 +2,47 @@
 
 use crate::Dtype;
 
-/// See [`super::AddProducts`]; `T` targets and `J` columns are summed at a time, so that
-/// their sums stay in registers while the rows go by.
+/// See [`super::AddProducts`].
 #[inline(always)]
-pub(super) fn add_products<const T: usize, const J: usize>(
+pub(super) fn add_products(
     sums: &mut [f32],
     stride: usize,
-    rows: &[&[f32]],
+    dtype: Dtype,
+    rows: &[&[u8]],
     weights: &[f32],
 ) {
-    let targets = weights.len() / rows.len();
-    let mut done = 0;
-    while done < targets {
-        let sums = &mut sums[done * stride..];
-        let weights = &weights[done * rows.len()..];
-        done += if targets - done >= T {
-            add_columns::<T, J>(sums, stride, rows, weights);
-            T
-        } else {
-            add_columns::<1, J>(sums, stride, rows, weights);
-            1
-        };
+    match dtype {
+        Dtype::F16 => add_columns(sums, stride, rows, weights, from_f16),
+        Dtype::BF16 => add_columns(sums, stride, rows, weights, from_bf16),
+        Dtype::F32 => add_columns(sums, stride, rows, weights, f32::from_le_bytes),
+        _ => unreachable!("other types are widened first"),
     }
 }
 
-/// The first `T` targets.
-#[inline(always)]
-fn add_columns<const T: usize, const J: usize>(
-    sums: &mut [f32],
-    stride: usize,
-    rows: &[&[f32]],
-    weights: &[f32],
-) {
-    let columns = rows[0].len();
-    let wide = columns - columns % J;
-    for at in (0..wide).step_by(J) {
-        add_tile::<T, J>(sums, stride, rows, weights, at);
-    }
-    for at in wide..columns {
-        add_tile::<T, 1>(sums, stride, rows, weights, at);
-    }
-}
+/// Columns that are summed at a time, so that their sums stay in registers while the rows go by.
+const TILE: usize = 32;
 
-/// The first `T` targets, `J` columns from column `at` on.
 #[inline(always)]
-fn add_tile<const T: usize, const J: usize>(
+fn add_columns<const N: usize>(
     sums: &mut [f32],
     stride: usize,
-    rows: &[&[f32]],
+    rows: &[&[u8]],
     weights: &[f32],
-    at: usize,
+    number: impl Fn([u8; N]) -> f32,
 ) {
-    let mut tile = [[0.0; J]; T];
-    for (k, tile) in tile.iter_mut().enumerate() {
-        tile.copy_from_slice(&sums[k * stride + at..][..J]);
-    }
-    for (i, row) in rows.iter().enumerate() {
-        let row = &row[at..at + J];
-        for (k, tile) in tile.iter_mut().enumerate() {
-            let weight = weights[k * rows.len() + i];
-            for (sum, x) in tile.iter_mut().zip(row) {
-                *sum = x.mul_add(weight, *sum);
+    for (k, weights) in weights.chunks_exact(rows.len()).enumerate() {
+        let columns = rows[0].len() / N;
+        for (t, tile) in sums[k * stride..][..columns].chunks_mut(TILE).enumerate() {
+            let mut kept = [0.0; TILE];
+            kept[..tile.len()].copy_from_slice(tile);
+            for (row, &weight) in rows.iter().zip(weights) {
+                let (numbers, _) = row[t * TILE * N..].as_chunks::<N>();
+                for (sum, &bytes) in kept.iter_mut().zip(numbers) {
+                    *sum = number(bytes).mul_add(weight, *sum);
+                }
             }
+            tile.copy_from_slice(&kept[..tile.len()]);
         }
-    }
-    for (k, tile) in tile.iter().enumerate() {
-        sums[k * stride + at..][..J].copy_from_slice(tile);
     }
 }
 
@@ -75,10 +50,8 @@ fn add_tile<const T: usize, const J: usize>(
 #[inline(always)]
 pub(super) fn widen(dtype: Dtype, bytes: &[u8], numbers: &mut [f32]) {
     match dtype {
-        Dtype::F16 => convert(bytes, numbers, |b| widen_f16(u16::from_le_bytes(b))),
-        Dtype::BF16 => {
-            convert(bytes, numbers, |b| f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16))
-        }
+        Dtype::F16 => convert(bytes, numbers, from_f16),
+        Dtype::BF16 => convert(bytes, numbers, from_bf16),
         Dtype::F32 => convert(bytes, numbers, f32::from_le_bytes),
         Dtype::F64 => convert(bytes, numbers, |b| f64::from_le_bytes(b) as f32),
         _ => unreachable!("`Layout` lets only floats in"),
@@ -93,11 +66,17 @@ fn convert<const N: usize>(bytes: &[u8], numbers: &mut [f32], one: impl Fn([u8; 
     }
 }
 
+#[inline(always)]
+fn from_bf16(bytes: [u8; 2]) -> f32 {
+    f32::from_bits(u32::from(u16::from_le_bytes(bytes)) << 16)
+}
+
 /// Without a branch or a table, so that the loop around it can be widened: the exponent moves by
 /// a multiplication with a power of two, which is exact and makes subnormal halves normal.
 #[inline(always)]
-fn widen_f16(half: u16) -> f32 {
+fn from_f16(bytes: [u8; 2]) -> f32 {
     const POWER: f32 = f32::from_bits((127 + 112) << 23); // 2^(127 - 15)
+    let half = u16::from_le_bytes(bytes);
     let sign = u32::from(half & 0x8000) << 16;
     let magnitude = u32::from(half & 0x7fff) << 13;
     let finite = (f32::from_bits(magnitude) * POWER).to_bits();

@@ -20,92 +20,120 @@ pub(super) fn widen_avx512(dtype: Dtype, bytes: &[u8], numbers: &mut [f32]) {
     scalar::widen(dtype, bytes, numbers);
 }
 
-/// `super::AddProducts` with tiles of 4 targets (then 1) by `$vectors` vectors of `$lanes` columns.
+/// `super::AddProducts` for the types in `$dtype`, each loaded by `$load` from a place of any
+/// alignment, with tiles of 4 targets (then 1) by `$vectors` vectors of `$lanes` columns.
 macro_rules! add_products {
     (
         $name:ident, $features:literal, $vectors:literal x $lanes:literal,
-        $load:ident, $broadcast:ident, $fma:ident, $store:ident
+        $sums:ident, $broadcast:ident, $fma:ident, $store:ident,
+        $($dtype:ident: $bytes:literal, $load:expr;)*
     ) => {
         #[target_feature(enable = $features)]
-        pub(super) fn $name(sums: &mut [f32], stride: usize, rows: &[&[f32]], weights: &[f32]) {
-            const WIDTH: usize = $vectors * $lanes;
+        pub(super) fn $name(
+            sums: &mut [f32],
+            stride: usize,
+            dtype: Dtype,
+            rows: &[&[u8]],
+            weights: &[f32],
+        ) {
+            match dtype {
+                $(Dtype::$dtype => {
+                    const WIDTH: usize = $vectors * $lanes;
 
-            /// Targets from `k` to `k + T`, columns from `at` to `at + WIDTH`.
-            ///
-            /// # Safety
-            /// `sums` has a row of `stride` for each target, every row and every row of sums has
-            /// `at + WIDTH` columns, and `weights` has a number for each target and row.
-            #[inline]
-            #[target_feature(enable = $features)]
-            unsafe fn add_tile<const T: usize>(
-                sums: &mut [f32],
-                stride: usize,
-                rows: &[&[f32]],
-                weights: &[f32],
-                (k, at): (usize, usize),
-            ) {
-                // SAFETY: all places are within what the caller vouches for.
-                unsafe {
-                    let sums = sums.as_mut_ptr().add(k * stride + at);
-                    let weights = weights.as_ptr().add(k * rows.len());
-                    let place = |t: usize, v: usize| t * stride + v * $lanes;
-                    let mut tile: [[_; $vectors]; T] = std::array::from_fn(|t| {
-                        std::array::from_fn(|v| $load(sums.add(place(t, v))))
-                    });
-                    for (i, row) in rows.iter().enumerate() {
-                        let row = row.as_ptr().add(at);
-                        let x: [_; $vectors] = std::array::from_fn(|v| $load(row.add(v * $lanes)));
-                        for t in 0..T {
-                            let weight = $broadcast(*weights.add(t * rows.len() + i));
-                            for v in 0..$vectors {
-                                tile[t][v] = $fma(x[v], weight, tile[t][v]);
+                    /// Targets from `k` to `k + T`, columns from `at` to `at + WIDTH`.
+                    ///
+                    /// # Safety
+                    /// `sums` has a row of `stride` for each target, every row and every row of
+                    /// sums has `at + WIDTH` columns, and `weights` has a number for each target
+                    /// and row.
+                    #[inline]
+                    #[target_feature(enable = $features)]
+                    unsafe fn add_tile<const T: usize>(
+                        sums: &mut [f32],
+                        stride: usize,
+                        rows: &[&[u8]],
+                        weights: &[f32],
+                        (k, at): (usize, usize),
+                    ) {
+                        // SAFETY: all places are within what the caller vouches for.
+                        unsafe {
+                            let sums = sums.as_mut_ptr().add(k * stride + at);
+                            let weights = weights.as_ptr().add(k * rows.len());
+                            let place = |t: usize, v: usize| t * stride + v * $lanes;
+                            let mut tile: [[_; $vectors]; T] = std::array::from_fn(|t| {
+                                std::array::from_fn(|v| $sums(sums.add(place(t, v))))
+                            });
+                            for (i, row) in rows.iter().enumerate() {
+                                let row = row.as_ptr().add(at * $bytes);
+                                let x: [_; $vectors] =
+                                    std::array::from_fn(|v| $load(row.add(v * $lanes * $bytes)));
+                                for t in 0..T {
+                                    let weight = $broadcast(*weights.add(t * rows.len() + i));
+                                    for v in 0..$vectors {
+                                        tile[t][v] = $fma(x[v], weight, tile[t][v]);
+                                    }
+                                }
+                            }
+                            for t in 0..T {
+                                for v in 0..$vectors {
+                                    $store(sums.add(place(t, v)), tile[t][v]);
+                                }
                             }
                         }
                     }
-                    for t in 0..T {
-                        for v in 0..$vectors {
-                            $store(sums.add(place(t, v)), tile[t][v]);
+
+                    let targets = weights.len() / rows.len();
+                    let columns = rows[0].len() / $bytes;
+                    assert!(rows.iter().all(|row| row.len() == rows[0].len()));
+                    assert!(targets > 0 && stride >= columns);
+                    assert!(sums.len() >= (targets - 1) * stride + columns);
+                    let wide = columns - columns % WIDTH;
+                    // A tile of the rows stays in the L1 cache while all targets use it.
+                    for at in (0..wide).step_by(WIDTH) {
+                        let mut k = 0;
+                        while k < targets {
+                            if targets - k >= 4 {
+                                // SAFETY: `k + 4 <= targets` and `at + WIDTH <= columns`; the
+                                // lengths were asserted above.
+                                unsafe { add_tile::<4>(sums, stride, rows, weights, (k, at)) };
+                                k += 4;
+                            } else {
+                                // SAFETY: `k + 1 <= targets`, the rest as above.
+                                unsafe { add_tile::<1>(sums, stride, rows, weights, (k, at)) };
+                                k += 1;
+                            }
                         }
                     }
-                }
-            }
-
-            let targets = weights.len() / rows.len();
-            let columns = rows[0].len();
-            assert!(rows.iter().all(|row| row.len() == columns));
-            assert!(targets > 0 && stride >= columns);
-            assert!(sums.len() >= (targets - 1) * stride + columns);
-            let wide = columns - columns % WIDTH;
-            // A tile of the rows stays in the L1 cache while all targets use it.
-            for at in (0..wide).step_by(WIDTH) {
-                let mut k = 0;
-                while k < targets {
-                    if targets - k >= 4 {
-                        // SAFETY: `k + 4 <= targets` and `at + WIDTH <= columns`; the lengths were
-                        // asserted above.
-                        unsafe { add_tile::<4>(sums, stride, rows, weights, (k, at)) };
-                        k += 4;
-                    } else {
-                        // SAFETY: `k + 1 <= targets`, the rest as above.
-                        unsafe { add_tile::<1>(sums, stride, rows, weights, (k, at)) };
-                        k += 1;
+                    if wide < columns {
+                        let rest: Vec<&[u8]> =
+                            rows.iter().map(|row| &row[wide * $bytes..]).collect();
+                        scalar::add_products(&mut sums[wide..], stride, dtype, &rest, weights);
                     }
-                }
-            }
-            if wide < columns {
-                let rest: Vec<&[f32]> = rows.iter().map(|row| &row[wide..]).collect();
-                scalar::add_products::<1, 1>(&mut sums[wide..], stride, &rest, weights);
+                })*
+                _ => unreachable!("other types are widened first"),
             }
         }
     };
 }
 
 add_products!(
-    add_products_avx2, "avx2,fma", 2 x 8,
-    _mm256_loadu_ps, _mm256_set1_ps, _mm256_fmadd_ps, _mm256_storeu_ps
+    add_products_avx2, "avx2,fma,f16c", 2 x 8,
+    _mm256_loadu_ps, _mm256_set1_ps, _mm256_fmadd_ps, _mm256_storeu_ps,
+    F32: 4, |place: *const u8| _mm256_loadu_ps(place.cast());
+    F16: 2, |place: *const u8| _mm256_cvtph_ps(_mm_loadu_si128(place.cast()));
+    BF16: 2, |place: *const u8| {
+        let numbers = _mm256_cvtepu16_epi32(_mm_loadu_si128(place.cast()));
+        _mm256_castsi256_ps(_mm256_slli_epi32::<16>(numbers))
+    };
 );
 
 add_products!(
     add_products_avx512, "avx512f,avx512bw", 4 x 16,
-    _mm512_loadu_ps, _mm512_set1_ps, _mm512_fmadd_ps, _mm512_storeu_ps
+    _mm512_loadu_ps, _mm512_set1_ps, _mm512_fmadd_ps, _mm512_storeu_ps,
+    F32: 4, |place: *const u8| _mm512_loadu_ps(place.cast());
+    F16: 2, |place: *const u8| _mm512_cvtph_ps(_mm256_loadu_si256(place.cast()));
+    BF16: 2, |place: *const u8| {
+        let numbers = _mm512_cvtepu16_epi32(_mm256_loadu_si256(place.cast()));
+        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(numbers))
+    };
 );

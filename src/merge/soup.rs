@@ -13,7 +13,7 @@ use crate::{
     Dtype, Io,
     adapter::Adapter,
     bank::{Bank, Holder, Slot},
-    blocks::{Options, Piece, Plan, Run, STRIP, joined},
+    blocks::{Options, Piece, Plan, REUSED, Run, STRIP, joined},
     error::{At, Error, Result},
     kernels::{Kernel, widest},
     layout::Factor,
@@ -183,9 +183,9 @@ struct Worker<'a> {
     kernel: Kernel,
     /// The block's sums, one row a target.
     sums: Vec<f32>,
-    /// A strip of each row of a group that is not float32, or not aligned.
+    /// A strip of each row of a group that must become float32 first.
     widened: Vec<f32>,
-    /// What positional reads fill; in words, so that float32 is aligned in it.
+    /// What positional reads fill; in words, for the sake of alignment.
     read: Vec<u64>,
 }
 
@@ -285,15 +285,17 @@ impl<'a> Worker<'a> {
             rows.push(row);
             free = rest;
         }
+        let dtype = summed_as(rows.iter().map(|(dtype, _)| *dtype), targets.len());
         for start in (0..piece.len).step_by(STRIP) {
             self.watch.go_on()?;
             let strip = start..piece.len.min(start + STRIP);
-            let numbers: Vec<&[f32]> = rows
+            let strips: Vec<&[u8]> = rows
                 .iter()
                 .zip(self.widened.chunks_mut(STRIP))
-                .map(|(row, free)| numbers(row, &strip, free, self.kernel))
+                .map(|(row, free)| ready(row, dtype, &strip, free, self.kernel))
                 .collect();
-            (self.kernel.add_products)(&mut self.sums[at + start..], stride, &numbers, &weights);
+            let sums = &mut self.sums[at + start..];
+            (self.kernel.add_products)(sums, stride, dtype, &strips, &weights);
         }
         self.watch.advance(rows.iter().map(|(_, bytes)| bytes.len()).sum());
         Ok(())
@@ -334,7 +336,9 @@ impl<'a> Worker<'a> {
             };
             for start in (0..piece.len).step_by(STRIP) {
                 let strip = start..piece.len.min(start + STRIP);
-                let numbers = numbers(&row, &strip, &mut self.widened, self.kernel);
+                let bytes = &row.1[strip.start * row.0.bytes()..strip.end * row.0.bytes()];
+                let numbers = &mut self.widened[..strip.len()];
+                (self.kernel.widen)(row.0, bytes, numbers);
                 if let Some(number) = numbers.iter().find(|number| !number.is_finite()) {
                     return Error::NotFinite {
                         path: adapter.path.clone(),
@@ -374,23 +378,29 @@ fn write_block(block: &[Run], sums: &[f32], writer: &Writer) -> Result<Option<Pi
 /// A file's type and a run of its bytes.
 type Row<'b> = (Dtype, &'b [u8]);
 
-/// A strip of a row: in place where it lies ready as float32, else widened into `free`.
-fn numbers<'b>(
+/// The type in which rows of these types go into the sums: their own where they have one and it is
+/// converted once or twice, else float32.
+fn summed_as(mut dtypes: impl Iterator<Item = Dtype>, targets: usize) -> Dtype {
+    let first = dtypes.next().unwrap_or(Dtype::F32);
+    let half = matches!(first, Dtype::F16 | Dtype::BF16);
+    if half && targets < REUSED && dtypes.all(|dtype| dtype == first) { first } else { Dtype::F32 }
+}
+
+/// A strip of a row as `wanted`: in place where it lies ready, else widened into `free`.
+fn ready<'b>(
     (dtype, bytes): &Row<'b>,
+    wanted: Dtype,
     strip: &Range<usize>,
     free: &'b mut [f32],
     kernel: Kernel,
-) -> &'b [f32] {
+) -> &'b [u8] {
     let bytes = &bytes[strip.start * dtype.bytes()..strip.end * dtype.bytes()];
-    if *dtype == Dtype::F32
-        && cfg!(target_endian = "little")
-        && let Ok(numbers) = bytemuck::try_cast_slice(bytes)
-    {
-        return numbers;
+    if *dtype == wanted {
+        return bytes;
     }
     let free = &mut free[..strip.len()];
     (kernel.widen)(*dtype, bytes, free);
-    free
+    bytemuck::cast_slice(free)
 }
 
 fn name(number: f32) -> &'static str {
@@ -498,7 +508,7 @@ mod tests {
         for threads in [1, 2, 5] {
             for io in [Io::Mmap, Io::Read] {
                 for memory in [3 << 20, 64 << 20] {
-                    let options = Options { threads, memory, io: Some(io), allow_nan: false };
+                    let options = Options { threads, memory, io, allow_nan: false };
                     let got = case.run(&coefficients, Some(&strengths), options).unwrap();
                     assert_eq!(*first.get_or_insert(got.clone()), got, "{threads} {io:?} {memory}");
                 }

@@ -72,10 +72,10 @@ _LARGEST_WEIGHTS = 16 << 20
 )
 @click.option(
     "--io",
-    type=click.Choice(("auto", "mmap", "read")),
-    default="auto",
+    type=click.Choice(("read", "mmap")),
+    default="read",
     show_default=True,
-    help="How adapters are read; `read` for network and FUSE mounts, where files may vanish.",
+    help="How adapters are read; `mmap` maps them, which a file that is cut short kills.",
 )
 @click.option("--allow-nan", is_flag=True, help="Go on where tensors hold NaN or infinity.")
 @click.option("--verify", is_flag=True, help="Hash the members' files and compare.")
