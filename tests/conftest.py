@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import reference
 
+from lorameta_rs.cli import run
+
 hypothesis.settings.register_profile("lorameta", deadline=None)
 hypothesis.settings.load_profile("lorameta")
 
@@ -140,6 +142,17 @@ def large_bank(make_bank):
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             (folder / str(i) / name).hardlink_to(folder / "0" / name)
     return folder
+
+
+@pytest.fixture
+def lorameta(capsys):
+    """A function that runs a command line: its status, what is on stdout, what on stderr."""
+
+    def lorameta(*arguments):
+        status = run([str(argument) for argument in arguments])
+        return status, *capsys.readouterr()
+
+    return lorameta
 
 
 @pytest.fixture(scope="session")

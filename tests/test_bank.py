@@ -17,6 +17,7 @@ import pytest
 from lorameta_rs import Bank
 from lorameta_rs.errors import (
     InvalidBank,
+    InvalidSetting,
     LayoutMismatch,
     MissingFile,
     UnreadableFile,
@@ -103,6 +104,42 @@ def test_members_are_excluded_by_name_and_pattern(make_bank):
     assert Bank(folder, exclude=["task1*", "other"]).names == ["Task3", "task2"]
     with pytest.raises(InvalidBank, match="--exclude leaves no member"):
         Bank(folder, exclude=["*"])
+    bank = Bank(folder, exclude="task*")
+    assert bank.names == ["Task3", "other"]
+    with pytest.raises(InvalidSetting, match=r"`task10` is left out by --exclude `task\*`"):
+        bank.require(["Task3", "task10"])
+
+
+@pytest.mark.parametrize("name", ["threads", "memory"])
+def test_numbers_below_zero_are_refused_by_name(make_bank, tmp_path, name):
+    with pytest.raises(InvalidSetting, match=f"{name} -1: expected 0 or more"):
+        Bank(make_bank().folder).merge(np.ones(3), tmp_path / "out", **{name: -1})
+
+
+def test_one_column_is_one_and_not_its_letters(make_bank):
+    assert Bank(make_bank().folder, columns="input").columns == ("input",)
+
+
+def test_what_a_merge_has_made_is_a_member_only_with_a_dataset(make_bank, tmp_path):
+    written = make_bank(["a", "b"], tokenizer=True, text="one\n")
+    for name in ("b made", "data", "named", "printed"):
+        Bank(written.folder).merge(
+            [1.0, 0.0] + [0.0] * (len(Bank(written.folder)) - 2), written.folder / name
+        )
+        if name != "b made":
+            (written.folder / name / "train.txt").write_text("two\n")
+    (written.folder / "named" / "train.txt").rename(written.folder / "elsewhere.txt")
+    (written.folder / "bank.toml").write_text('[datasets]\nnamed = "elsewhere.txt"')
+    make_fingerprints(Bank(written.folder))
+    (written.folder / "printed" / "train.txt").unlink()
+    bank = Bank(written.folder)
+    assert bank.names == ["a", "b", "data", "named", "printed"]
+    assert (bank.generated, bank.left_out) == (["b made"], {})
+    assert bank.unfingerprinted() == {}
+    with pytest.raises(InvalidSetting, match=r"b made` is no member: a merge has made it"):
+        bank.require(["b made"])
+    shutil.copytree(written.folder / "b made", tmp_path / "all" / "b made")
+    assert Bank(tmp_path / "all").names == ["b made"]
 
 
 def test_a_broken_member_is_excused_until_it_is_asked_for(make_bank):
@@ -206,6 +243,20 @@ def test_settings_are_honoured(bases, golden):
     assert [bank.dataset(m) for m in bank.members] == [data / "03.jsonl", bases / "elsewhere.txt"]
     assert make_fingerprints(bank) == {"c": True, "e": True}
     assert Bank(bases, base_model="org/x").names == ["a", "b", "d", "e"]
+    (architecture, base, *others) = bank.notes
+    known = "known are `base_model`, `tokenizer` in `[bank]`, `[datasets]` and `[families]`"
+    path = bases / "bank.toml"
+    assert architecture == f"`{path}`: `architecture` in `[bank]` means nothing; {known}"
+    assert base == f"`{path}`: `[base]` means nothing; {known}"
+    assert not any("bank.toml" in note for note in others)
+
+
+def test_members_in_the_settings_that_are_not_there(bases):
+    (bases / "bank.toml").write_text('x = 1\n[datasets]\na = "x"\nz = "x"\n[families]\ny = "x"')
+    notes = [note.partition("bank.toml`: ")[2] for note in Bank(bases, exclude="a").notes[:3]]
+    assert notes[0].startswith("`x` means nothing; known are")
+    assert notes[1] == "`[datasets]` names `z`, which is no member"
+    assert notes[2] == "`[families]` names `y`, which is no member"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from lorameta_rs import Bank, Fingerprint, token_distribution
-from lorameta_rs.cli import run
 from lorameta_rs.distance import METRICS, pairwise
 from lorameta_rs.files import sha256
 from lorameta_rs.relevance import leave_one_out_nearest
@@ -28,15 +27,6 @@ WEIGHTS = "adapter_model.safetensors"
 @pytest.fixture
 def bank(make_bank):
     return make_bank({name: {"text": text} for name, text in TEXTS.items()}, tokenizer=True).folder
-
-
-@pytest.fixture
-def lorameta(capsys):
-    def lorameta(*arguments):
-        status = run([str(argument) for argument in arguments])
-        return status, *capsys.readouterr()
-
-    return lorameta
 
 
 def indexed(lorameta, bank, *options):
@@ -71,6 +61,30 @@ def test_only_what_is_missing_or_out_of_date_is_made(bank, lorameta):
     (bank / "c" / "fingerprint.safetensors").write_bytes(b"broken")
     assert indexed(lorameta, bank)["fingerprints_made"] == 1
     assert nothing.items() <= indexed(lorameta, bank).items()
+
+
+def test_fresh_fingerprints_do_where_the_rest_is_kept_elsewhere(bank, tmp_path, lorameta):
+    indexed(lorameta, bank)
+    elsewhere = tmp_path / "new" / "kept"
+    found = indexed(lorameta, bank, "--fingerprints", elsewhere)
+    assert (found["fingerprints_made"], found["adapters_hashed"]) == (0, 3)
+    assert [path.name for path in elsewhere.iterdir()] == ["index.json"]
+
+
+def test_columns_are_those_of_the_members(make_bank, lorameta):
+    bank = make_bank(["a", "b"], tokenizer=True).folder
+    for name in "ab":
+        (bank / name / "train.csv").write_text("text,x,y\nnothing,one,two\n")
+    columns = ["--columns", "x,y"]
+    assert indexed(lorameta, bank)["fingerprints_made"] == 2
+    assert indexed(lorameta, bank, *columns)["fingerprints_made"] == 2
+    assert indexed(lorameta, bank, *columns)["fingerprints_made"] == 0
+    assert indexed(lorameta, bank)["fingerprints_made"] == 0
+    for name in "ab":
+        assert Fingerprint.load(bank / name / "fingerprint.safetensors").columns == ("x", "y")
+    (bank / "a" / "train.csv").write_text("text,x,y\nnothing,two,two\n")
+    assert indexed(lorameta, bank)["fingerprints_made"] == 1
+    assert Fingerprint.load(bank / "a" / "fingerprint.safetensors").columns == ("x", "y")
 
 
 @pytest.mark.parametrize("metric", METRICS)

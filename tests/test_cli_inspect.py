@@ -7,21 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from lorameta_rs.cli import run
-
 
 @pytest.fixture
 def written(make_bank):
     return make_bank({"a": {}, "b": {"rank": 4, "dtypes": "F16", "config": {"use_rslora": True}}})
-
-
-@pytest.fixture
-def lorameta(capsys):
-    def lorameta(*arguments):
-        status = run([str(argument) for argument in arguments])
-        return status, *capsys.readouterr()
-
-    return lorameta
 
 
 @pytest.mark.parametrize("options", [[], ["--no-data"]], ids=str)

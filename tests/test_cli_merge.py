@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,6 @@ import pytest
 import safetensors.numpy
 
 from lorameta_rs import Bank, token_distribution
-from lorameta_rs.cli import run
 
 TEXTS = {
     "hamlet": "to be or not to be that is the question",
@@ -46,15 +46,6 @@ def dataset(tmp_path):
 @pytest.fixture
 def out(tmp_path):
     return tmp_path / "out"
-
-
-@pytest.fixture
-def lorameta(capsys):
-    def lorameta(*arguments):
-        status = run([str(argument) for argument in arguments])
-        return status, *capsys.readouterr()
-
-    return lorameta
 
 
 def listed(folder):
@@ -119,7 +110,7 @@ def test_several_datasets_take_one_pass(bank, dataset, out, lorameta):
 
 def test_weights_are_taken_as_they_are(written, tmp_path, out, lorameta):
     file = tmp_path / "weights.json"
-    file.write_text('{"hamlet": 2, "macbeth": 0.25}')
+    file.write_text('{"hamlet": 2}')
     options = ["--weights", file, "--weights", "macbeth=-1e-1", "--json"]
     status, text, _ = lorameta("merge", written.folder, *options, "-o", out)
     assert status == 0
@@ -138,7 +129,12 @@ def test_weights_are_taken_as_they_are(written, tmp_path, out, lorameta):
         (["hamlt=1"], "weight of `hamlt`: the bank has no such member\ndid you mean `hamlet`?"),
         (["hamlet=much"], "the weight of `hamlet` is not a number"),
         (["hamlet=nan"], "not a finite number"),
-        (["hamlet=1e300"], "not a finite number"),
+        (["hamlet=1e300"], "weight of `hamlet`: 1e+300 is out of the range of float32"),
+        (["hamlet=1e39"], "weight of `hamlet`: 1e+39 is out of the range of float32"),
+        (["hamlet=1", "macbeth=1e-46"], "weight of `macbeth`: 1e-46 is out of the range"),
+        (["hamlet=1", "hamlet=2"], "`hamlet=2`: the weight of `hamlet` is given twice"),
+        (['{"hamlet": 1, "macbeth": 2, "hamlet": 3}'], "w.json`: `hamlet` is there twice"),
+        (['{"hamlet": 1}', "hamlet=1"], "the weight of `hamlet` is given twice"),
         (["hamlet=0"], "at least one that is not 0"),
         (["hamlet"], "`hamlet`: No such file"),
         (["[1]"], "expected an object of names and numbers"),
@@ -160,6 +156,27 @@ def test_bad_weights_are_explained(bank, tmp_path, out, lorameta, weights, words
     assert status == 1
     assert words in err
     assert not out.exists()
+
+
+def test_weights_of_members_that_are_kept_out_say_why(bank, out, lorameta):
+    weights = ["merge", bank, "-o", out, "--weights"]
+    status, _, err = lorameta(*weights, "hamlet=1", "--exclude", "x", "--exclude", "ham*")
+    assert status == 1
+    assert err.endswith("error: `hamlet` is left out by --exclude `ham*`\n")
+    assert lorameta("merge", bank, "-o", bank / "made", "--weights", "hamlet=1")[0] == 0
+    status, _, err = lorameta(*weights, "made=1")
+    assert status == 1
+    assert f"`{bank / 'made'}` is no member: a merge has made it, and it has no dataset" in err
+
+
+def test_what_merges_made_can_be_combined_in_a_folder_of_its_own(bank, tmp_path, out, lorameta):
+    for name in ("hamlet", "macbeth"):
+        made = tmp_path / "made" / name
+        assert lorameta("merge", bank, "-o", made, "--weights", f"{name}=1")[0] == 0
+    weights = ["--weights", "hamlet=0.5", "--weights", "macbeth=0.5", "--json"]
+    status, text, _ = lorameta("merge", tmp_path / "made", "-o", out, *weights)
+    names = [member["name"] for member in json.loads(text)["jobs"][0]["members"]]
+    assert (status, names) == (0, ["hamlet", "macbeth"])
 
 
 def test_a_member_that_is_left_out_is_an_error_where_it_was_named(bank, dataset, out, lorameta):
@@ -201,12 +218,18 @@ def test_a_record_makes_the_same_adapter_again(bank, dataset, out, lorameta, tmp
     status, _, err = lorameta("merge", "--repeat", out / "lorameta.json", "-o", again)
     assert (status, "warning" in err) == (0, False)
     assert (again / WEIGHTS).read_bytes() == (out / WEIGHTS).read_bytes()
+    assert (again / "lorameta.json").read_bytes() == (out / "lorameta.json").read_bytes()
+    card = (out / "README.md").read_text()
+    assert "# out\n" in card
+    assert (again / "README.md").read_text() == re.sub(r"\bout\b", "again", card)
     # A copy has other times than the index says, and another place than the record.
     shutil.copytree(bank, tmp_path / "copy", copy_function=shutil.copyfile)
     shutil.rmtree(bank)
     copied = ["merge", tmp_path / "copy", "--repeat", out / "lorameta.json", "--force"]
     assert lorameta(*copied, "-o", again)[0] == 0
     assert (again / WEIGHTS).read_bytes() == (out / WEIGHTS).read_bytes()
+    said = (again / "lorameta.json").read_text().replace(str(tmp_path / "copy"), str(bank))
+    assert said == (out / "lorameta.json").read_text()
 
 
 def test_a_record_is_refused_where_a_member_has_changed(written, dataset, out, lorameta):
@@ -316,7 +339,7 @@ def test_a_command_line_that_cannot_be_read_is_status_2(lorameta, arguments, wor
 def test_two_outputs_cannot_be_one(bank, dataset, out, lorameta):
     status, _, err = lorameta("merge", bank, dataset, dataset, "-o", out)
     assert (status, out.exists()) == (1, False)
-    assert "give each dataset its own -o" in err
+    assert "give each dataset its own folder" in err
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends Ctrl-C to whole consoles")

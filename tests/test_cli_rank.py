@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from lorameta_rs import Bank, token_distribution
-from lorameta_rs.cli import run
 
 FULL = Path("/dev/full")
 MALFORMED = sorted((Path(__file__).parent / "golden" / "malformed" / "datasets").iterdir())
@@ -45,15 +44,6 @@ def dataset(tmp_path):
     path = tmp_path / "new.txt"
     path.write_text("the question is to be")
     return path
-
-
-@pytest.fixture
-def lorameta(capsys):
-    def lorameta(*arguments):
-        status = run([str(argument) for argument in arguments])
-        return status, *capsys.readouterr()
-
-    return lorameta
 
 
 @pytest.mark.parametrize("chosen", CHOICES, ids=str)
@@ -109,14 +99,66 @@ def test_excluded_members_are_not_there(bank, dataset, lorameta):
     assert [line.split("\t")[0] for line in out.splitlines()] == ["member", "hamlet"]
 
 
-def test_columns_are_those_of_all_datasets(make_bank, tmp_path, lorameta):
+def test_columns_are_those_of_the_new_dataset_alone(bank, tmp_path, lorameta):
+    lorameta("index", bank)
+    before = {path: path.read_bytes() for path in bank.rglob("fingerprint.safetensors")}
+    new = tmp_path / "new.csv"
+    new.write_text(f"x,text\n{TEXTS['hamlet']},nothing\n")
+    status, out, err = lorameta("rank", bank, new, "--columns", "x", "--json")
+    assert (status, err) == (0, "")
+    assert json.loads(out)["members"][0]["distance"] == 0
+    assert {path: path.read_bytes() for path in bank.rglob("fingerprint.safetensors")} == before
+
+
+def test_members_are_compared_by_the_columns_they_were_indexed_with(make_bank, tmp_path, lorameta):
     bank = make_bank(["a", "b"], tokenizer=True).folder
     for name in "ab":
         (bank / name / "train.csv").write_text("x,y,z\none,two,three\n")
-    (tmp_path / "new.csv").write_text("x,y\none,two\n")
-    status, out, _ = lorameta("rank", bank, tmp_path / "new.csv", "--columns", "x, y", "--json")
-    assert status == 0
+    new = tmp_path / "new.csv"
+    new.write_text("text,x,y\nnothing,one,two\n")
+    status, _, err = lorameta("rank", bank, new, "--columns", "x,y")
+    assert status == 1
+    assert "for a member of a bank, `index --columns`" in err
+    assert lorameta("index", bank, "--columns", "x, y")[0] == 0
+    status, out, err = lorameta("rank", bank, new, "--columns", "x,y", "--json")
+    assert (status, "made again" in err) == (0, False)
     assert [member["distance"] for member in json.loads(out)["members"]] == [0, 0]
+    (bank / "b" / "train.csv").write_text("x,y,z\none,one,three\n")
+    _, out, err = lorameta("rank", bank, new, "--columns", "x,y", "--json")
+    assert "1 fingerprint made again, of `b`: " in err
+    assert [member["distance"] > 0 for member in json.loads(out)["members"]] == [False, True]
+
+
+@pytest.mark.parametrize("command", ["rank", "merge"])
+def test_what_is_made_again_is_said_once_with_a_reason(bank, dataset, tmp_path, lorameta, command):
+    options = [] if command == "rank" else ["-o", tmp_path / "out"]
+    lorameta("index", bank)
+    assert "made again" not in lorameta(command, bank, dataset, *options)[2]
+    (bank / "macbeth" / "train.txt").write_text("tomorrow and tomorrow")
+    options += [] if command == "rank" else ["--force"]
+    _, _, err = lorameta(command, bank, dataset, *options)
+    file = bank / "macbeth" / "fingerprint.safetensors"
+    changed = f"its dataset `{bank / 'macbeth' / 'train.txt'}` has changed"
+    assert err.splitlines()[0] == f"1 fingerprint made again, of `macbeth`: `{file}`: {changed}"
+    (bank / "tokenizer.json").write_text((bank / "tokenizer.json").read_text() + "\n")
+    _, _, err = lorameta(command, bank, dataset, *options)
+    assert err.startswith("3 fingerprints made again, of `hamlet`, `macbeth`, `richard`: the first")
+    assert f"another tokenizer than `{bank / 'tokenizer.json'}`" in err
+    assert "made again" not in lorameta(command, bank, dataset, *options)[2]
+
+
+def test_a_bank_of_one_has_no_distances_to_index(make_bank, dataset, lorameta):
+    bank = make_bank({"a": {"text": "to be"}}, tokenizer=True).folder
+    status, _, err = lorameta("rank", bank, dataset)
+    assert (status, "lorameta-rs index" in err) == (0, False)
+    assert "nearest is `a` at " in err
+
+
+def test_what_a_merge_made_is_no_member_of_the_bank(bank, dataset, lorameta):
+    assert lorameta("merge", bank, dataset, "-o", bank / "made")[0] == 0
+    status, out, err = lorameta("rank", bank, dataset, "--json")
+    assert (status, err) == (0, "")
+    assert {member["name"] for member in json.loads(out)["members"]} == set(TEXTS)
 
 
 def test_fingerprints_can_be_kept_elsewhere(bank, dataset, tmp_path, lorameta):
@@ -232,6 +274,7 @@ def test_a_terminal_gets_an_aligned_table(bank, dataset):
     assert len(table) == 3
     assert len({len(line) for line in table}) == 1
     assert "counting tokens" in text
+    assert "counting the new tokens: 1" in text
     assert "\t" not in text
 
 

@@ -133,6 +133,7 @@ def test_explicit_weights_are_taken_as_they_are():
     got = coefficients.explicit(["a", "b", "c"], {"c": 2, "a": -0.5})
     assert got.tolist() == [-0.5, 0.0, 2.0]
     assert got.dtype == np.float64
+    assert coefficients.explicit(["a"], {"a": 1e-45}).tolist() == [1e-45]
 
 
 def test_weights_that_cannot_be():
@@ -141,6 +142,9 @@ def test_weights_that_cannot_be():
         ({"task01_cats": 1.0}, "`task01_cats`: the bank has no such member\ndid you mean `task001"),
         ({"x": 1.0}, "no such member$"),
         ({"task001_cats": np.nan}, "`task001_cats`: nan is not a finite number"),
+        ({"task001_cats": 1e39}, "`task001_cats`: 1e\\+39 is out of the range of float32"),
+        ({"task001_cats": -1e39}, "`task001_cats`: -1e\\+39 is out of the range of float32"),
+        ({"task001_cats": 1e-46}, "`task001_cats`: 1e-46 is out of the range of float32"),
         ({"task001_cats": 0.0}, "at least one that is not 0"),
         ({}, "at least one that is not 0"),
     ]:

@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import os
+import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
@@ -93,14 +94,26 @@ def test_columns_are_joined_by_a_newline(write):
     path = write("d.jsonl", '{"a": "x", "b": ["y"], "c": "", "d": "z", "ids": [7]}')
     assert list(texts(path, columns=["d", "c", "a", "b"])) == ["z\nx\ny"]
     assert list(texts(path, columns=["ids"])) == [[7]]
-    with pytest.raises(InvalidDataset, match=r"line 1: no field `e`, found `a`, `b`.*--columns"):
+    with pytest.raises(
+        InvalidDataset, match=r"line 1: no field `e`, found `a`, `b`.*\n`--columns`"
+    ):
         list(texts(path, columns=["e"]))
 
 
+TASK = {
+    "Contributors": ["somebody"],
+    "Definition": ["Add them."],
+    "Positive Examples": [{"input": "0", "output": "0", "explanation": "none"}],
+    "Instances": [{"id": "1", "input": "é", "output": ["b,", "x"]}, {"input": "c", "output": "d"}],
+    "Instance License": ["MIT"],
+}
 FORMATS = {
     "d.jsonl": '{"input": "é", "output": "b,"}\n\n{"input": "c", "output": "d"}',
     "d.json": ' [ {"input": "é", "output": "b,"} ,{"input": "c", "output": "d"}\n]\n',
+    "task.json": json.dumps(TASK, indent=4),
+    "task in a line.json": json.dumps(TASK, ensure_ascii=False),
     "lines.json": '{"input": "é", "output": "b,"}\n{"input": "c", "output": "d"}\n',
+    "blank.json": '\n \n{"input": "é", "output": "b,"}\n\n{"input": "c", "output": "d"}\n',
     "d.csv": 'input,output\r\né,"b,"\r\n\r\nc,d',
     "d.tsv": "input\toutput\né\tb,\nc\td\n",
     "d.txt": "éb,\n \ncd",
@@ -131,6 +144,32 @@ def test_parquet_plain_and_compressed(tmp_path, write):
         list(texts(tmp_path / "d.parquet", max_row=5))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is asked of Linux's /proc")
+def test_parquet_takes_little_memory_whatever_its_row_groups(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    column = pyarrow.array([os.urandom(2048).hex() for _ in range(20_000)])
+    parquet.write_table(
+        pyarrow.table({"text": column}), tmp_path / "d.parquet", row_group_size=20_000
+    )
+    size = (tmp_path / "d.parquet").stat().st_size
+    program = (
+        "import re, sys; from pathlib import Path; import pyarrow.parquet\n"
+        "from lorameta_rs.dataset import texts\n"
+        "status = Path('/proc/self/status')\n"
+        "peak = lambda: int(re.search(r'VmHWM:\\s*(\\d+)', status.read_text())[1])\n"
+        "before = peak(); rows = sum(1 for _ in texts(sys.argv[1]))\n"
+        "print(rows, (peak() - before) << 10)"
+    )
+    command = [sys.executable, "-c", program, tmp_path / "d.parquet"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    rows, taken = map(int, done.stdout.split())
+    assert rows == 20_000
+    assert size > 40_000_000
+    assert taken < size // 2
+
+
 def test_parquet_without_pyarrow_says_what_to_install(write, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(MissingExtra, match=r"pip install 'lorameta-rs\[parquet\]'"):
@@ -149,9 +188,24 @@ def test_parquet_without_pyarrow_says_what_to_install(write, monkeypatch):
         ("d.json", "[1]", "row 1: expected an object with named fields, found the number 1"),
         ("d.json", '[{"text": "a"} {', "row 1: not valid JSON: expected `,` or `]` after it"),
         ("d.json", '[{"text": "a"},]', "row 2: not valid JSON: Expecting value"),
-        ("d.json", '[{"text": "a"}] x', "something follows the end of the array"),
+        ("d.json", '[{"text": "a"}] x', "something follows the end of the JSON"),
         ("d.json", '[{"text": "a"}', "row 1: not valid JSON: expected `,` or `]` after it"),
         ("d.json", b'[{"text": "\xff"}]', "not UTF-8"),
+        ("d.json", '{"text": "a"}\n{"text": b}', "line 2: not valid JSON at column 10"),
+        ("d.json", '{"text": "a"} x', "line 1: not valid JSON"),
+        ("d.json", '{\n"a": 1,\n"b": []\n}', "an object with `a`, `b`: expected an array of rows"),
+        ("d.json", "{\n}", "an object with no fields: expected an array of rows"),
+        ("d.json", '{"Instances":\n3}', "field `Instances`: expected an array of rows"),
+        ("d.json", '{"Instances": []}', "the dataset has no rows"),
+        ("d.json", '{"Instances": []}}', "line 1: not valid JSON"),
+        ("d.json", '{"Instances":\n[]}}', "something follows the end of the JSON"),
+        ("d.json", '{"Instances":\n[],"Instances":[]}', "`Instances` is there twice"),
+        ("d.json", '{"Instances": [{"text": "a"}, {"text"', "row 2: not valid JSON"),
+        ("d.json", '{"Instances": [{"text": "a"}', "row 1: not valid JSON: expected `,` or `]`"),
+        ("d.json", '{"Instances": [{"text": "a"}],', 'expected a name in `"`'),
+        ("d.json", '{\n"a"', "field `a`: not valid JSON: expected `:`"),
+        ("d.json", '{\n"a": 1 2', "field `a`: not valid JSON: expected `,` or `}` after it"),
+        ("d.json", '{\n"a": "' + "x" * 300, "field `a`: not valid JSON: Unterminated"),
         ("d.json", "[" * 100, "row 1: not valid JSON"),
         ("d.csv", 'text\n"' + "x\n" * 200, "line 2: not valid CSV: longer than 200 characters"),
         ("d.csv", 'text\n"x', "line 2: not valid CSV: unexpected end of data"),

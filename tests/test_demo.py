@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from importlib.resources import as_file, files
+from pathlib import Path
 
 import pytest
 import safetensors.numpy
@@ -52,6 +54,16 @@ def test_the_whole_flow_ends_in_an_adapter(tmp_path, capsys):
     assert {n: t.shape for n, t in tensors.items()} == {n: t.shape for n, t in expected.items()}
 
 
+def test_a_program_gets_the_ranking_and_the_paths(tmp_path, lorameta):
+    status, out, err = lorameta("demo", tmp_path / "demo", "--json")
+    found = json.loads(out)
+    assert (status, err) == (0, "")
+    assert Bank(found["bank"]).names == sorted(member["name"] for member in found["members"])
+    assert Path(found["dataset"]) == tmp_path / "demo" / "new.jsonl"
+    assert (Path(found["out"]) / "adapter_config.json").exists()
+    assert found["relevance"]["nearest"] == found["members"][0]["name"]
+
+
 def test_it_is_explained_in_less_than_a_screen(tmp_path):
     command = [sys.executable, "-m", "lorameta_rs", "demo"]
     done = subprocess.run(
@@ -74,7 +86,7 @@ def test_the_command_that_it_ends_with_works(tmp_path, capsys, monkeypatch):
 
 def test_a_folder_that_exists_is_left_alone(tmp_path, capsys):
     assert run(["demo", str(tmp_path)]) == 1
-    assert f"error: `{tmp_path}` exists" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"error: `{tmp_path}` exists\nchoose another folder\n"
     with pytest.raises(OutputExists):
         copy_out(tmp_path)
     assert not any(tmp_path.iterdir())

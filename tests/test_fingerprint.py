@@ -265,8 +265,11 @@ def test_staleness(tmp_path):
     assert "has changed" in fresh.staleness(dataset=path)
 
     assert "the fields `a`, `b`" in fresh.staleness(columns=["a", "b"])
+    assert dataclasses.replace(fresh, columns=("a",)).staleness() is None
     (tmp_path / "tokenizer.json").write_bytes(TOKENIZER.path.read_bytes() + b"\n")
     other = Tokenizer(tmp_path / "tokenizer.json")
     assert "another tokenizer" in fresh.staleness(tokenizer=other)
+    larger = dataclasses.replace(fresh, vocab_size=513)
+    assert "another tokenizer, of 513 ids" in larger.staleness(tokenizer=TOKENIZER)
     unrecorded = dataclasses.replace(fresh, dataset=None)
     assert "does not say" in unrecorded.staleness(dataset=path)

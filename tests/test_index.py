@@ -7,12 +7,13 @@ import hashlib
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import reference
 
-from lorameta_rs import Bank, files, index
+from lorameta_rs import Bank, Fingerprint, files, index
 from lorameta_rs.distance import pairwise
 from lorameta_rs.errors import InvalidBank, InvalidDataset, MissingFile, UnreadableFile
 from lorameta_rs.index import Index, hash_adapters, make_fingerprints, nearest_distances
@@ -59,7 +60,7 @@ def test_fingerprints_are_made_once(folder):
         ("tokenizer", "another tokenizer"),
         ("columns", "it was made from the fields that are recognised, not the fields `text`"),
         ("gone", "it has no fingerprint"),
-        ("broken", "it has no fingerprint"),
+        ("broken", "its fingerprint cannot be read"),
     ],
 )
 def test_what_is_stale_is_made_again(indexed, change, reason):
@@ -195,9 +196,100 @@ def test_fingerprints_of_two_tokenizers(indexed, make_bank):
     text = (indexed / "tokenizer.json").read_text(encoding="utf-8") + "\n"
     (indexed / "tokenizer.json").write_text(text, encoding="utf-8")
     bank = Bank(indexed)
+    assert list(bank.outdated()) == ["a", "b", "c"]
     assert make_fingerprints(bank) == {"a": False, "b": True, "c": True}
-    assert "it was made with another tokenizer" in str(bank.left_out["a"])
+    file, tokenizer = indexed / "a" / "fingerprint.safetensors", indexed / "tokenizer.json"
+    assert str(bank.left_out["a"]) == (
+        f"`{file}`: it was made with another tokenizer than `{tokenizer}`; there is no dataset to "
+        f"make it again\nput its tokenizer into the bank, or its dataset into `{indexed / 'a'}` "
+        "and run `lorameta-rs index`"
+    )
+    assert bank.outdated() == {}
     assert len(bank.fingerprints) == 2
+
+
+@pytest.mark.parametrize("tokenizer", [True, False])
+@pytest.mark.parametrize("data", [True, False])
+def test_a_fingerprint_of_another_vocabulary(indexed, tokenizer, data):
+    """It cannot be stacked with the others, and does not stop them."""
+    file = indexed / "a" / "fingerprint.safetensors"
+    found = Fingerprint.load(file)
+    replace(found, vocab_size=found.vocab_size + 1).save(file)
+    if not data:
+        (indexed / "a" / "train.txt").unlink()
+    bank = Bank(indexed)
+    if not tokenizer:
+        (indexed / "tokenizer.json").unlink()
+    with pytest.raises(InvalidBank, match=rf"first `a`: `{file}`: it was made with another token"):
+        _ = bank.fingerprints
+    if tokenizer and data:
+        assert make_fingerprints(bank) == {"a": True}
+        assert len(bank.fingerprints) == 3
+    elif not data:
+        assert make_fingerprints(bank) == {"a": False}
+        assert f"`{file}`: it was made with another tokenizer" in str(bank.left_out["a"])
+        assert "513 ids" in str(bank.left_out["a"])
+        assert len(bank.fingerprints) == 2
+
+
+def test_fingerprints_of_a_vocabulary_that_the_tokenizer_has_not(indexed):
+    for name in "abc":
+        file = indexed / name / "fingerprint.safetensors"
+        replace(Fingerprint.load(file), vocab_size=600).save(file)
+    bank = Bank(indexed)
+    assert make_fingerprints(bank) == dict.fromkeys("abc", True)
+    assert bank.fingerprints.vocab_size == bank.tokenizer.vocab_size
+
+
+@pytest.mark.parametrize("change", ["gone", "folder"])
+def test_a_fingerprint_serves_where_its_dataset_cannot_be_read(indexed, change):
+    (indexed / "bank.toml").write_text('[datasets]\na = "elsewhere"')
+    if change == "folder":
+        (indexed / "elsewhere").mkdir()
+    bank = Bank(indexed)
+    assert make_fingerprints(bank) == {}
+    assert bank.names == ["a", "b", "c"]
+    (note,) = bank.notes
+    assert note.startswith(f"`a`: its fingerprint is used as it is: `{indexed / 'elsewhere'}`: ")
+    assert len(bank.fingerprints) == 3
+
+
+def test_a_stale_fingerprint_whose_dataset_is_gone(indexed):
+    (indexed / "bank.toml").write_text('[datasets]\na = "elsewhere"')
+    with (indexed / "tokenizer.json").open("a") as file:
+        file.write("\n")
+    bank = Bank(indexed)
+    assert "another tokenizer" in bank.outdated()["a"]
+    assert make_fingerprints(bank) == {"a": False, "b": True, "c": True}
+    assert isinstance(bank.left_out["a"], MissingFile)
+    assert bank.notes == []
+
+
+def test_a_broken_fingerprint_without_its_dataset(indexed):
+    (indexed / "a" / "train.txt").unlink()
+    (indexed / "a" / "fingerprint.safetensors").write_bytes(b"junk")
+    bank = Bank(indexed)
+    assert make_fingerprints(bank) == {"a": False}
+    said = f"`{indexed / 'a'}`: its fingerprint cannot be read, and it has no dataset; it cannot be"
+    assert str(bank.left_out["a"]).startswith(said)
+    (note,) = bank.notes
+    assert "not a fingerprint" in note
+    assert "where its dataset is there, `lorameta-rs index` makes it again" in note
+
+
+def test_columns_that_were_recorded_are_kept(indexed):
+    (indexed / "b" / "train.txt").unlink()
+    data = indexed / "b" / "train.jsonl"
+    data.write_text('{"x": "two", "text": "four"}')
+    assert make_fingerprints(Bank(indexed, columns="x", exclude="[ac]")) == {"b": True}
+    bank = Bank(indexed)
+    assert bank.unfingerprinted() == {}
+    data.write_text('{"x": "two two", "text": "four"}')
+    bank = Bank(indexed)
+    assert bank.columns_of(bank.members[1]) == ("x",)
+    assert make_fingerprints(bank) == {"b": True}
+    assert Fingerprint.load(indexed / "b" / "fingerprint.safetensors").columns == ("x",)
+    assert Bank(indexed, columns=["text"]).outdated().keys() == {"a", "b", "c"}
 
 
 # Hashes.
@@ -274,7 +366,7 @@ def test_nearest_distances_are_those_of_the_formula(indexed, metric):
     bank = Bank(indexed)
     rows = [
         reference.dense(counts.ids, counts.counts, counts.vocab_size)
-        for counts in (bank._loaded[name] for name in bank.names)
+        for counts in (bank._kept.loaded[name] for name in bank.names)
     ]
     distance = reference.METRICS[metric]
     want = [min(distance(p, q) for p in rows if p is not q) for q in rows]

@@ -12,9 +12,10 @@ import pytest
 from lorameta_rs import Bank, generate
 from lorameta_rs.errors import InvalidSetting, MissingFile, UnreadableFile
 from lorameta_rs.index import hash_adapters
-from lorameta_rs.merge import Options
+from lorameta_rs.merge import Options, merge
 from lorameta_rs.provenance import Provenance
 from lorameta_rs.ranking import Settings
+from lorameta_rs.repeat import RepeatedJob
 
 FIELDS = ["format", "version", "settings", "target", "method", "relevance", "members"]
 OF_A_MEMBER = ["name", "path", "sha256", "distance", "similarity", "coefficient"]
@@ -112,6 +113,33 @@ def test_it_is_enough_to_make_the_adapter_again(folder, dataset, tmp_path, dtype
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
+def test_done_again_it_says_the_same(folder, dataset, tmp_path):
+    generate(folder, dataset, tmp_path / "out", settings=Settings(temperature=0.01))
+    record = Provenance.load(tmp_path / "out" / "lorameta.json")
+    # So small that nobody may give it as a weight; as a record of what was done it is right.
+    record.members[-1]["coefficient"] = 1e-50
+    bank = Bank(folder)
+    merge(bank, [RepeatedJob.of(record, bank, tmp_path / "again")], Options())
+    assert Provenance.load(tmp_path / "again" / "lorameta.json") == record
+    card = (tmp_path / "again" / "README.md").read_text(encoding="utf-8")
+    assert "by how" not in card
+    assert "each weighs the more" in card
+
+
+def test_done_again_the_least_that_is_a_record_is_completed(folder, tmp_path):
+    (tmp_path / "lorameta.json").write_text(json.dumps(RECORD))
+    record = Provenance.load(tmp_path / "lorameta.json")
+    bank = Bank(folder)
+    merge(bank, [RepeatedJob.of(record, bank, tmp_path / "again")], Options())
+    found = Provenance.load(tmp_path / "again" / "lorameta.json")
+    assert found.version == version("lorameta-rs")
+    assert found.settings["bank"] == str(folder)
+    (member,) = found.members
+    assert list(member) == OF_A_MEMBER
+    assert (member["path"], member["distance"]) == (str(folder / "a"), None)
+    assert "by coefficients that" in (tmp_path / "again" / "README.md").read_text()
+
+
 def test_what_is_written_is_what_is_read(folder, dataset, tmp_path):
     generate(folder, dataset, tmp_path / "out")
     path = tmp_path / "out" / "lorameta.json"
@@ -150,6 +178,12 @@ def test_the_least_that_is_a_record(tmp_path):
         {"members": [{"name": 3, "sha256": None, "coefficient": 1}]},
         {"members": [{"name": "a", "sha256": None, "coefficient": "much"}]},
         {"members": [{"name": "a", "sha256": None, "coefficient": [1]}]},
+        {"members": [{"name": "a", "sha256": None, "coefficient": 1, "distance": "far"}]},
+        {"target": 3},
+        {"target": {"path": "new.txt"}},
+        {"target": {"path": "new.txt", "sha256": None}},
+        {"relevance": {"nearest": "a"}},
+        {"relevance": {"nearest": 3, "distance": 0, "percentile": 0, "effective_number": 1}},
         {"settings": {}},
         {"settings": {"bank": 3}},
         {"settings": []},

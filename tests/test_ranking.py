@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from lorameta_rs import Bank, Fingerprint, generate, token_distribution
 from lorameta_rs.errors import InvalidBank, InvalidDataset, InvalidSetting
+from lorameta_rs.flow import jobs_for
 from lorameta_rs.index import make_fingerprints
 from lorameta_rs.merge import Options
 from lorameta_rs.ranking import Settings
@@ -52,7 +53,7 @@ def dense(bank, fingerprint=None):
     """A fingerprint, or all of the bank's, as rows over the vocabulary."""
     if fingerprint is not None:
         return reference.dense(fingerprint.ids, fingerprint.counts, fingerprint.vocab_size)
-    return np.array([dense(bank, bank._loaded[name]) for name in bank.names])
+    return np.array([dense(bank, bank._kept.loaded[name]) for name in bank.names])
 
 
 @pytest.mark.parametrize("metric", reference.METRICS)
@@ -151,6 +152,15 @@ def test_generate(written, tmp_path):
     assert np.count_nonzero(again.coefficients) == 5
     record = json.loads((tmp_path / "again" / "lorameta.json").read_text())
     assert record["target"]["path"] == str(tmp_path / "new.txt")
+
+
+def test_progress_of_the_new_datasets(bank, tmp_path):
+    told = []
+    paths = [tmp_path / "one.txt", tmp_path / "two.txt"]
+    for rows, path in zip((3, 5), paths, strict=True):
+        path.write_text(text(99, rows))
+    jobs_for(bank, paths, [tmp_path / "a", tmp_path / "b"], Settings(), progress=told.append)
+    assert told == [3, 5]
 
 
 def test_generate_makes_nothing_of_a_bad_dataset(written, tmp_path):

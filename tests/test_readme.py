@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,12 @@ def test_the_two_commands_of_the_quick_start_are_two_lines():
     assert second.startswith(INSTALLING[1])
     assert second.endswith("pytest\n")
     assert first.count("\n") == second.count("\n") == 1
+
+
+def test_the_rust_that_is_asked_for_is_the_one_that_is_needed():
+    needed = tomllib.loads((ROOT / "Cargo.toml").read_text())["package"]["rust-version"]
+    for document in (README, (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")):
+        assert f"Rust {needed} or newer" in document
 
 
 def test_the_readme_is_short_and_its_links_are_there():

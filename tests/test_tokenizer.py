@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
+import threading
+import time
 
 import pytest
 import tokenizers
@@ -51,6 +55,25 @@ def test_token_ids_keep_every_row(tmp_path):
     assert sorted(ids for batch in batches for ids in batch) == sorted(
         [1] * (i % 400) if i % 3 else [2] * i for i in range(1500)
     )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot send a signal to a thread")
+def test_ctrl_c_waits_for_the_batch_in_work_alone(tmp_path, monkeypatch):
+    tokenizer = saved(tmp_path / "t.json", {"?": 0, "a": 1})
+    encoded = []
+
+    def encode(tokenizer, texts):
+        encoded.append(texts)
+        time.sleep(0.1)  # until the next batch has been handed over, and is waited for
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        time.sleep(0.1)
+        return []
+
+    monkeypatch.setattr(Tokenizer, "encode", encode)
+    with pytest.raises(KeyboardInterrupt):
+        list(tokenizer.token_ids(["a " * (1 << 17)] * 5))
+    assert len(encoded) == 1
+    assert not any("ThreadPool" in thread.name for thread in threading.enumerate())
 
 
 @pytest.mark.parametrize(

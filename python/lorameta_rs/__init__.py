@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from lorameta_rs.fingerprint import Fingerprints as Fingerprints
     from lorameta_rs.fingerprint import token_distribution as token_distribution
     from lorameta_rs.flow import generate as generate
+    from lorameta_rs.merge import Options as Options
+    from lorameta_rs.ranking import Settings as Settings
 
 # In the order of the flow. Each is imported when it is first asked for, so that the command line
 # can show its help without numpy, the tokenizers or the core.
@@ -50,6 +52,8 @@ _MODULES = {
     "nearest": "coefficients",
     "uniform": "coefficients",
     "select": "coefficients",
+    "Settings": "ranking",
+    "Options": "merge",
     "generate": "flow",
     "LoraMetaError": "errors",
 }

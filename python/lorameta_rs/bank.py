@@ -9,16 +9,19 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from lorameta_rs import dataset, files
+from lorameta_rs.bank_fingerprints import FILE_NAME as FINGERPRINT
+from lorameta_rs.bank_fingerprints import BankFingerprints
 from lorameta_rs.bank_settings import BankSettings
 from lorameta_rs.config import FILE_NAME
 from lorameta_rs.errors import (
     InvalidBank,
+    InvalidSetting,
     LayoutMismatch,
     LoraMetaError,
     MissingFile,
 )
-from lorameta_rs.fingerprint import Fingerprint, Fingerprints, load_all
 from lorameta_rs.member import MLX_WEIGHTS, PICKLE, WEIGHTS, Member, open_members
+from lorameta_rs.provenance import FILE_NAME as PROVENANCE
 from lorameta_rs.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -26,10 +29,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from lorameta_rs._metrics import Floats
+    from lorameta_rs.fingerprint import Fingerprint, Fingerprints
     from lorameta_rs.ranking import Ranking
 
 TOKENIZER = "tokenizer.json"
-FINGERPRINT = "fingerprint.safetensors"
 ANY_BASE = "any"
 
 
@@ -38,6 +41,8 @@ class Bank:
 
     `members` and all that is made from them are in the order of `names`, which is sorted. A member
     that cannot be used does not stop a bank: `left_out` says by name what is wrong with it.
+    Adapters that a merge has written into the folder are `generated`, and members only with a
+    dataset or a fingerprint of their own, or where there are no others.
     """
 
     def __init__(
@@ -46,8 +51,8 @@ class Bank:
         *,
         base_model: str | None = None,
         fingerprints: str | os.PathLike[str] | None = None,
-        columns: Sequence[str] | None = None,
-        exclude: Sequence[str] = (),
+        columns: Sequence[str] | str | None = None,
+        exclude: Sequence[str] | str = (),
     ) -> None:
         """Read the configuration and header of every adapter in `folder`.
 
@@ -56,7 +61,8 @@ class Bank:
             base_model: What the members' `base_model_name_or_path` has to be; `any` takes all
                 of them. Without it, what `bank.toml` says, else what most members say.
             fingerprints: Where fingerprints are kept, for a bank that cannot be written to.
-            columns: The fields of the members' datasets to use.
+            columns: The fields of the members' datasets to use; without them, what a member's
+                fingerprint was made from, else those that are recognised.
             exclude: Members to leave out; names, or patterns such as `task1*`.
 
         Raises:
@@ -64,16 +70,23 @@ class Bank:
             InvalidBank: No member can be used, or `bank.toml` is broken.
         """
         self.folder = Path(folder)
-        self.columns = None if columns is None else tuple(columns)
+        self.columns = None if columns is None else _several(columns)
         self._fingerprints_folder = None if fingerprints is None else Path(fingerprints)
+        self._kept = BankFingerprints(self, self._fingerprints_folder)
         self._settings = BankSettings.load(self.folder)
         self.members: list[Member] = []
         self.left_out: dict[str, LoraMetaError] = {}
         self.notes: list[str] = []
         present = member_folders(self.folder)
-        self._note_idle(exclude, [folder.name for folder in present])
-        found = [folder for folder in present if not _matches(folder.name, exclude)]
-        if present and not found:
+        self.notes += self._settings.doubts(self.folder, [one.name for one in present])
+        self.generated = [one.name for one in present if self._is_generated(one)]
+        if len(self.generated) == len(present):
+            self.generated = []
+        members = [one for one in present if one.name not in self.generated]
+        self._patterns = _several(exclude)
+        self._note_idle([one.name for one in present])
+        found = [one for one in members if not _matches(one.name, self._patterns)]
+        if members and not found:
             raise InvalidBank(f"`{self.folder}`: --exclude leaves no member")
         folders = [folder for folder in found if _printable(folder.name) == folder.name]
         for odd in set(found) - set(folders):
@@ -108,11 +121,20 @@ class Bank:
         Raises:
             MissingFile: The bank has none.
         """
-        path = self.folder / (self._settings.tokenizer or TOKENIZER)
-        if not path.exists():
+        if not self.has_tokenizer:
             hint = "copy the base model's `tokenizer.json` there"
-            raise MissingFile(2, f"the bank has no tokenizer; {hint}", str(path))
-        return Tokenizer(path)
+            path = str(self._tokenizer_path)
+            raise MissingFile(2, f"the bank has no tokenizer; {hint}", path)
+        return Tokenizer(self._tokenizer_path)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether there is a tokenizer; a bank whose fingerprints are all there needs none."""
+        return self._tokenizer_path.exists()
+
+    @property
+    def _tokenizer_path(self) -> Path:
+        return self.folder / (self._settings.tokenizer or TOKENIZER)
 
     @cached_property
     def fingerprints(self) -> Fingerprints:
@@ -128,21 +150,20 @@ class Bank:
                 f"`{self.folder}`: {len(faults)} of {len(self)} members have no usable "
                 f"fingerprint, first `{name}`: {reason}\nmake them with `lorameta-rs index`"
             )
-        return Fingerprints.stack([self._loaded[name] for name in self.names])
+        return self._kept.stack(self.names)
 
     def unfingerprinted(self) -> dict[str, str]:
         """The members without a fresh fingerprint, and why."""
-        known = self._staleness
-        for member in self.members:
-            if member.name not in known:
-                known[member.name] = self._stale(member)
-        return {name: why for name in self.names if (why := known[name]) is not None}
+        return self._kept.unusable()
+
+    def outdated(self) -> dict[str, str]:
+        """Those of them that have one, which is no longer right, and why."""
+        unusable = self._kept.unusable()
+        return {name: why for name, why in unusable.items() if name in self._kept.loaded}
 
     def fingerprint_path(self, member: Member) -> Path:
         """Where a member's fingerprint lies, or will."""
-        if self._fingerprints_folder is None:
-            return member.folder / FINGERPRINT
-        return self._fingerprints_folder / member.name / FINGERPRINT
+        return self._kept.path(member.name)
 
     @property
     def index_path(self) -> Path:
@@ -154,10 +175,14 @@ class Bank:
         named = self._settings.datasets.get(member.name)
         return dataset.find(member.folder) if named is None else self.folder / named
 
+    def columns_of(self, member: Member) -> tuple[str, ...] | None:
+        """The fields to make a member's fingerprint from, None for those that are recognised."""
+        kept = self._kept.loaded.get(member.name)
+        return kept.columns if self.columns is None and kept is not None else self.columns
+
     def keep(self, name: str, fingerprint: Fingerprint) -> None:
         """Take a fingerprint that was just made, instead of the one on disk."""
-        self._loaded[name] = fingerprint
-        self._staleness[name] = None
+        self._kept.keep(name, fingerprint)
         self.__dict__.pop("fingerprints", None)
 
     def leave_out(self, reasons: Mapping[str, LoraMetaError]) -> None:
@@ -173,14 +198,22 @@ class Bank:
             raise InvalidBank(self._nothing_usable())
 
     def require(self, names: Iterable[str]) -> None:
-        """See that members which were asked for by name can be used.
+        """See that members which were asked for by name are not kept out.
 
         Raises:
-            LoraMetaError: What is wrong with the first that cannot.
+            LoraMetaError: What is wrong with the first that is.
         """
         for name in names:
             if name in self.left_out:
                 raise self.left_out[name]
+            if name in self.generated:
+                raise InvalidSetting(
+                    f"`{self.folder / name}` is no member: a merge has made it, and it has no "
+                    "dataset\nto combine what merges have made, give them a folder of their own"
+                )
+            for pattern in self._patterns:
+                if _matches(name, [pattern]) and (self.folder / name).is_dir():
+                    raise InvalidSetting(f"`{name}` is left out by --exclude `{pattern}`")
 
     def rank(self, target: Fingerprint, **settings: Any) -> Ranking:
         """The members' distances from a dataset, and the coefficients made of them.
@@ -207,37 +240,20 @@ class Bank:
         """
         from lorameta_rs.merge import Job, Options, merge
 
-        merge(self, [Job(coefficients, Path(out))], Options(**options))
+        chosen = Options(**options)
+        for name in ("threads", "memory"):
+            if (value := getattr(chosen, name)) < 0:
+                raise InvalidSetting(f"{name} {value}: expected 0 or more")
+        merge(self, [Job(coefficients, Path(out))], chosen)
         return Path(out)
 
-    @cached_property
-    def _loaded(self) -> dict[str, Fingerprint]:
-        """The fingerprints on disk that can be read."""
-        paths = {}
-        for member in self.members:
-            # One that was published beside its adapter serves until there is a newer one.
-            for path in (self.fingerprint_path(member), member.folder / FINGERPRINT):
-                if path.exists():
-                    paths[member.name] = path
-                    break
-        loaded, faults = load_all(paths)
-        self.notes += [f"`{name}`: {error}" for name, error in faults.items()]
-        return loaded
-
-    @cached_property
-    def _staleness(self) -> dict[str, str | None]:
-        """Why each member's fingerprint has to be made again, as far as it was asked."""
-        return {}
-
-    def _stale(self, member: Member) -> str | None:
-        fingerprint = self._loaded.get(member.name)
-        data = self.dataset(member)
-        if fingerprint is None:
-            return "it has no fingerprint" + ("" if data else " and no dataset")
-        has_tokenizer = (self.folder / (self._settings.tokenizer or TOKENIZER)).exists()
-        columns = self.columns if data is not None else fingerprint.columns
-        return fingerprint.staleness(
-            dataset=data, tokenizer=self.tokenizer if has_tokenizer else None, columns=columns
+    def _is_generated(self, folder: Path) -> bool:
+        """Whether a merge has made it, and nobody gave it what a member has."""
+        return (
+            (folder / PROVENANCE).exists()
+            and folder.name not in self._settings.datasets
+            and self._kept.file(folder.name) is None
+            and dataset.find(folder) is None
         )
 
     def _base_model(self, asked: str | None) -> str | None:
@@ -296,8 +312,8 @@ class Bank:
         reasons = "\n".join(str(error) for error in list(self.left_out.values())[:3])
         return f"`{self.folder}`: none of {len(self.left_out)} members can be used\n{reasons}"
 
-    def _note_idle(self, patterns: Sequence[str], names: Sequence[str]) -> None:
-        idle = [p for p in patterns if not any(_matches(name, [p]) for name in names)]
+    def _note_idle(self, names: Sequence[str]) -> None:
+        idle = [p for p in self._patterns if not any(_matches(name, [p]) for name in names)]
         self.notes += [f"--exclude `{pattern}` matches no member" for pattern in idle]
 
     def _note_odd_names(self) -> None:
@@ -323,6 +339,11 @@ def _is_member(folder: Path) -> bool:
         return not present.isdisjoint(known) or dataset.find(folder) is not None
     except (OSError, LoraMetaError):
         return False
+
+
+def _several(names: Sequence[str] | str) -> tuple[str, ...]:
+    """One name is one name, and not its letters."""
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def model_card(record: Provenance, config: dict[str, object], out: Path) -> str:
         "`lorameta.json` beside this file holds what is needed to make the adapter again:",
         "",
         "```sh",
-        f"lorameta-rs merge --repeat {_quoted(out.name)}/lorameta.json -o again",
+        f"lorameta-rs merge --repeat {shlex.quote(out.name)}/lorameta.json -o again",
         "```",
     ]
     return "\n".join(lines) + "\n"
@@ -74,9 +75,3 @@ def _relevance(record: Provenance) -> list[str]:
     if found["percentile"] is not None:
         text += f": farther than {found['percentile']:.0f} % of the bank's own are from theirs"
     return [f"{text}. In effect {found['effective_number']:.1f} adapters take part.", ""]
-
-
-def _quoted(name: str) -> str:
-    import shlex
-
-    return shlex.quote(name)

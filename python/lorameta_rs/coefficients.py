@@ -181,13 +181,15 @@ def explicit(names: Sequence[str], weights: Mapping[str, float]) -> Floats:
 
     Args:
         names: The members' names [n].
-        weights: Finite numbers by name, taken as they are: of any sign, and of any sum.
+        weights: Finite numbers by name, taken as they are: of any sign, and of any sum, and
+            within the range of float32, in which adapters are added up.
 
     Returns:
         float64 [n].
 
     Raises:
-        InvalidSetting: A name is not in the bank, a weight is not finite, or all are zero.
+        InvalidSetting: A name is not in the bank, a weight is not finite or out of range, or all
+            are zero.
 
     >>> explicit(["cats", "dogs"], {"dogs": -0.5})
     array([ 0. , -0.5])
@@ -201,6 +203,13 @@ def explicit(names: Sequence[str], weights: Mapping[str, float]) -> Floats:
             raise InvalidSetting(f"weight of `{name}`: the bank has no such member{hint}")
         if not math.isfinite(weight):
             raise InvalidSetting(f"weight of `{name}`: {weight} is not a finite number")
+        with np.errstate(over="ignore"):
+            stored = np.float32(weight)
+        if not np.isfinite(stored) or (stored == 0.0) != (weight == 0.0):
+            raise InvalidSetting(
+                f"weight of `{name}`: {weight} is out of the range of float32, in which adapters "
+                "are added up; expected 0, or a size from 1.4e-45 to 3.4e+38"
+            )
     if not any(weights.values()):
         raise InvalidSetting("weights: expected at least one that is not 0")
     return np.array([weights.get(name, 0.0) for name in names], dtype=np.float64)

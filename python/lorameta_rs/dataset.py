@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DatasetWarning", "find", "texts"]
 
+_COLUMNS = "`--columns` names the fields to use; for a member of a bank, `index --columns`"
+
 
 def texts(
     path: str | os.PathLike[str],
@@ -43,7 +45,8 @@ def texts(
     ['one and one is two']
 
     Args:
-        path: A jsonl, json, csv, tsv, txt (each line a row) or parquet file, or a .gz of these.
+        path: A jsonl, json, csv, tsv, txt (each line a row) or parquet file, or a .gz of these. A
+            json file is an array of rows, an object with such an array as `Instances`, or jsonl.
         columns: The fields to use instead; several are joined by a newline.
         vocab_size: Token ids have to be smaller.
         max_row: Bytes that one row may have.
@@ -126,7 +129,7 @@ class _Layout:
         for name in self.required:
             if name not in row:
                 what = f"no field `{excerpt(name)}`, found {_listed(row)}"
-                raise _UnfitError(f"{what}; `--columns` names the fields to use")
+                raise _UnfitError(f"{what}\n{_COLUMNS}")
         if len(self.fields) == 1:
             value = row[self.fields[0]]
             if value == [] or (isinstance(value, list) and isinstance(value[0], int | float)):
@@ -170,8 +173,7 @@ def _recognised(names: Collection[str]) -> _Layout:
             return layout
     expected = "; ".join(_listed(layout.required, " and ") for layout in _LAYOUTS)
     raise _UnfitError(
-        f"its fields make no known text, found {_listed(names)}\n"
-        f"expected {expected}; or name the fields with `--columns`"
+        f"its fields make no known text, found {_listed(names)}\nexpected {expected}\n{_COLUMNS}"
     )
 
 

@@ -76,6 +76,11 @@ class Fingerprint:
         """The number of tokens counted."""
         return int(self.counts.sum())
 
+    @property
+    def identity(self) -> str:
+        """Over which token ids it counts, in words."""
+        return f"{self.vocab_size} ids, SHA-256 {self.tokenizer[:12] or 'unknown'}"
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it to `path`, whole or not at all; equal fingerprints give equal bytes.
 
@@ -115,7 +120,7 @@ class Fingerprint:
                     counts = _vector(content, "all.counts", "U64")
             return _checked(about, ids, counts)
         except (safetensors.SafetensorError, ValueError, RecursionError) as error:
-            hint = "make it again with `lorameta-rs index`"
+            hint = "where its dataset is there, `lorameta-rs index` makes it again"
             raise InvalidBank(f"`{path}`: not a fingerprint: {error}\n{hint}") from error
 
     def staleness(
@@ -127,15 +132,19 @@ class Fingerprint:
     ) -> str | None:
         """Why it has to be made again, in words that continue "it is stale: ", or None if fresh.
 
-        A `dataset` or `tokenizer` that is None is not compared: fingerprints are published
-        without the data they came from.
+        What is None is not compared: fingerprints are published without the data they came from,
+        and say themselves from which `columns`.
 
         Raises:
             MissingFile, UnreadableFile: the dataset or the tokenizer cannot be read.
+            InvalidBank: the tokenizer is broken.
         """
         if tokenizer is not None and tokenizer.sha256 != self.tokenizer:
             return f"it was made with another tokenizer than `{tokenizer.path}`"
-        if _columns(columns) != self.columns:
+        if tokenizer is not None and tokenizer.vocab_size != self.vocab_size:
+            found = f"`{tokenizer.path}` has {tokenizer.vocab_size}"
+            return f"it was made with another tokenizer, of {self.vocab_size} ids; {found}"
+        if columns is not None and _columns(columns) != self.columns:
             return f"it was made from {_asked(self.columns)}, not {_asked(_columns(columns))}"
         if dataset is None:
             return None
@@ -179,7 +188,7 @@ class Fingerprints:
             if (other.tokenizer, other.vocab_size) != (first.tokenizer, first.vocab_size):
                 raise InvalidBank(
                     f"fingerprint {i} was made with another tokenizer than fingerprint 0: "
-                    f"{_identity(other)}, not {_identity(first)}"
+                    f"{other.identity}, not {first.identity}"
                 )
         return cls(
             indptr=np.cumsum([0, *(len(one.ids) for one in fingerprints)], dtype=np.int64),
@@ -224,7 +233,7 @@ def token_distribution(
     *,
     tokenizer: Tokenizer | str | os.PathLike[str],
     columns: Sequence[str] | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Fingerprint:
     r"""The fingerprint of a dataset, each row tokenised with the model's special tokens.
 
@@ -365,7 +374,3 @@ def _asked(columns: tuple[str, ...] | None) -> str:
     if columns is None:
         return "the fields that are recognised"
     return "the fields " + ", ".join(f"`{name}`" for name in columns)
-
-
-def _identity(fingerprint: Fingerprint) -> str:
-    return f"{fingerprint.vocab_size} ids, SHA-256 {fingerprint.tokenizer[:12] or 'unknown'}"

@@ -22,11 +22,17 @@ def jobs_for(
     outs: Sequence[Path],
     settings: Settings,
     columns: Sequence[str] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> list[Job]:
-    """A job for each dataset, with the coefficients that the bank gives it."""
+    """A job for each dataset, with the coefficients that the bank gives it.
+
+    Its bank has all fingerprints; `progress` is told how many rows of a dataset have been counted.
+    """
     jobs = []
     for dataset, out in zip(datasets, outs, strict=True):
-        target = token_distribution(dataset, tokenizer=bank.tokenizer, columns=columns)
+        target = token_distribution(
+            dataset, tokenizer=bank.tokenizer, columns=columns, progress=progress
+        )
         ranking = rank(bank, target, settings)
         jobs.append(Job(ranking.coefficients, out, ranking, dataset, target))
     return jobs
@@ -43,6 +49,17 @@ def generate(
     progress: Callable[[int, int], object] | None = None,
 ) -> Ranking:
     """Make an adapter for a dataset out of those of a bank.
+
+    >>> import tempfile
+    >>> from lorameta_rs.demo import copy_out
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     demo = copy_out(Path(folder, "demo"))
+    ...     out = Path(folder, "predicted")
+    ...     found = generate(demo.bank, demo.dataset, out, settings=Settings(top_k=3))
+    ...     sorted(path.name for path in out.iterdir())
+    ['README.md', 'adapter_config.json', 'adapter_model.safetensors', 'lorameta.json']
+    >>> found.relevance.nearest, round(found.relevance.effective_number, 1)
+    ('task026_topic_animals', 2.9)
 
     Args:
         bank: The bank, or its folder. Fingerprints that it lacks are made first.

@@ -75,6 +75,8 @@ class Index:
         """Write it; errors as `files.write_whole`."""
         adapters = {name: vars(record) for name, record in sorted(self.adapters.items())}
         content = {"format": FORMAT, "adapters": adapters, "nearest": self.nearest}
+        with files.refusals(self.path.parent):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
         files.write_whole(self.path, (json.dumps(content, indent=1) + "\n").encode())
 
     def sha256(self, member: Member) -> str | None:
@@ -106,7 +108,7 @@ def make_fingerprints(
     made: dict[str, bool] = {}
     failed: dict[str, LoraMetaError] = {}
     unwritable = None
-    missing = bank.unfingerprinted()
+    missing, outdated = bank.unfingerprinted(), bank.outdated()
     if any(bank.dataset(member) for member in bank.members if member.name in missing):
         _ = bank.tokenizer.vocab_size  # whatever is wrong with it is no member's fault
     for member in [member for member in bank.members if member.name in missing]:
@@ -115,10 +117,17 @@ def make_fingerprints(
         data = bank.dataset(member)
         if data is None:
             reason = f"`{member.folder}`: {missing[member.name]}; it cannot be compared"
+            if member.name in outdated:
+                reason = (
+                    f"{outdated[member.name]}; there is no dataset to make it again\n"
+                    f"put its tokenizer into the bank, or its dataset into `{member.folder}` and "
+                    "run `lorameta-rs index`"
+                )
             failed[member.name] = InvalidBank(reason)
             continue
+        columns = bank.columns_of(member)
         try:
-            found = token_distribution(data, tokenizer=bank.tokenizer, columns=bank.columns)
+            found = token_distribution(data, tokenizer=bank.tokenizer, columns=columns)
         except LoraMetaError as error:
             failed[member.name] = error
             continue

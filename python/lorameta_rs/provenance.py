@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,18 +100,62 @@ def _check(record: Provenance) -> None:
             raise ValueError("its settings lack bank, base_model, dtype or allow_nan")
     if not isinstance(record.method, str):
         raise ValueError("its method is no text")
+    match record.target, record.settings:
+        case None, _:
+            pass
+        case {"path": str(), "sha256": str() | None}, {"metric": str(), "pipeline": str()}:
+            pass
+        case _:
+            raise ValueError("its target lacks path or sha256, or its settings metric or pipeline")
+    match record.relevance:
+        case None | {
+            "nearest": str(),
+            "distance": int() | float(),
+            "percentile": int() | float() | None,
+            "effective_number": int() | float(),
+        }:
+            pass
+        case _:
+            raise ValueError("its relevance is not what a ranking says")
     for member in record.members:
         match member:
             case {"name": str(), "sha256": str() | None, "coefficient": int() | float() as given}:
                 member["coefficient"] = float(given)
             case _:
                 raise ValueError("a member lacks its name, sha256 or coefficient")
+        if not isinstance(member.get("distance"), int | float | None):
+            raise ValueError("the distance of a member is no number")
+
+
+def _again(
+    record: Provenance, settings: dict[str, Any], bank: Bank, hashes: Mapping[str, str | None]
+) -> Provenance:
+    """The same, made by this version and from files where they are now."""
+    folders = {member.name: str(member.folder.absolute()) for member in bank.members}
+    return replace(
+        record,
+        version=version("lorameta-rs"),
+        settings=record.settings | settings,
+        members=[
+            {
+                "name": member["name"],
+                "path": folders[member["name"]],
+                "sha256": member["sha256"] or hashes.get(member["name"]),
+                "distance": member.get("distance"),
+                "similarity": member.get("similarity"),
+                "coefficient": member["coefficient"],
+            }
+            for member in record.members
+        ],
+    )
 
 
 def provenance(
     bank: Bank, job: Job, options: Options, hashes: Mapping[str, str | None]
 ) -> Provenance:
     """What a job's adapter is made of."""
+    from lorameta_rs.repeat import RepeatedJob
+
     ranking = job.ranking
     settings: dict[str, Any] = {
         "bank": str(bank.folder.absolute()),
@@ -119,6 +163,8 @@ def provenance(
         "dtype": options.dtype,
         "allow_nan": options.allow_nan,
     }
+    if isinstance(job, RepeatedJob):
+        return _again(job.record, settings, bank, hashes)
     target = None
     if ranking is not None:
         settings |= asdict(ranking.settings)

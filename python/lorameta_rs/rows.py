@@ -17,7 +17,7 @@ import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from lorameta_rs.errors import InvalidDataset, MissingExtra
 from lorameta_rs.files import reading
@@ -33,6 +33,8 @@ MAX_ROW = 4 << 20
 """Bytes that one row may have: a long book. Tokenising a text takes 80 times its size."""
 
 _MAX_UNPACKED = 4 << 30
+_PARQUET_BUFFER = 1 << 16
+_ROWS_FIELD = "Instances"
 
 
 class DatasetWarning(UserWarning):
@@ -137,40 +139,120 @@ def _json_lines(source: Source, stream: io.BufferedReader) -> Iterator[Row]:
 
 
 def _json(source: Source, stream: io.BufferedReader) -> Iterator[Row]:
-    """An array of rows; or rows line by line, which often go by this suffix too."""
+    """An array of rows, an object that has one, or rows line by line: all go by this suffix."""
     head = stream.peek(64).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if head.startswith(b"{"):
+    by_line = head.startswith(b"{") and not _holds_rows(_first_line(source, stream), source.max_row)
+    stream.seek(0)
+    if by_line:
         yield from _json_lines(source, stream)
         return
     decoder = Decoder()
-    elements = _elements(source, Scanner(stream, decoder, source.max_row))
-    yield from _warn_repeated(source, decoder, elements)
+    document = _Document(source, Scanner(stream, decoder, source.max_row))
+    yield from _warn_repeated(source, decoder, document.rows())
 
 
-def _elements(source: Source, text: Scanner) -> Iterator[Row]:
-    """The elements of the array that `text` is."""
-    place = "row 1"
+def _first_line(source: Source, stream: io.BufferedReader) -> bytes:
+    """The first line that is not blank, or as much of it as a row may have and one byte more."""
+    line = b"\n"
+    while line and not line.strip():
+        line = stream.readline(source.max_row + 1)
+    return line
+
+
+def _holds_rows(line: bytes, max_row: int) -> bool:
+    """Whether a file's first line is, or begins, an object around its rows, and not a row."""
+    if len(line) > max_row:
+        return True
     try:
-        if text.take() != "[":
-            raise source.fault("expected an array of rows, `[{…}, …]`, or an object a line")
-        if text.peek() == "]":
-            text.take()
-        else:
-            for number in itertools.count(1):
-                place = f"row {number}"
-                yield place, text.value()
-                separator = text.take()
-                if separator == "]":
-                    break
-                if separator != ",":
-                    raise source.fault("not valid JSON: expected `,` or `]` after it", place)
-        if text.peek():
-            raise source.fault("something follows the end of the array")
+        text = line.decode("utf-8-sig")
+        value = Decoder().decode(text)
     except json.JSONDecodeError as error:
-        raise source.fault(f"not valid JSON: {error.msg}", place) from None
-    except UnicodeDecodeError as error:
-        # Text is decoded ahead of the row that is parsed.
-        raise source.fault(f"not UTF-8: {error.reason}", f"in or after {place}") from None
+        return error.pos >= len(text.rstrip())  # nothing wrong but that it goes on
+    except UnicodeDecodeError:
+        return False
+    return isinstance(value, dict) and isinstance(value.get(_ROWS_FIELD), list)
+
+
+@dataclass
+class _Document:
+    """A file that is one JSON value: an array of rows, or an object with such an array."""
+
+    source: Source
+    text: Scanner
+    place: str | None = None
+
+    def rows(self) -> Iterator[Row]:
+        """Every row with its place."""
+        try:
+            yield from self._of_object() if self.text.peek() == "{" else self._elements()
+            if self.text.peek():
+                raise self.source.fault("something follows the end of the JSON")
+        except json.JSONDecodeError as error:
+            raise self.source.fault(f"not valid JSON: {error.msg}", self.place) from None
+        except UnicodeDecodeError as error:
+            # Text is decoded ahead of the row that is parsed.
+            where = f"in or after {self.place or 'the beginning'}"
+            raise self.source.fault(f"not UTF-8: {error.reason}", where) from None
+
+    def _of_object(self) -> Iterator[Row]:
+        """The rows in the field `Instances`, where Super-NaturalInstructions has them."""
+        found = False
+        others: list[str] = []
+        for name in self._names():
+            if name != _ROWS_FIELD:
+                others = [*others, name][:5]
+                self.text.value()
+                continue
+            if found:
+                raise self.source.fault(f"field `{_ROWS_FIELD}` is there twice")
+            found = True
+            yield from self._elements()
+        if not found:
+            names = excerpt(", ".join(f"`{name}`" for name in others), 80) or "no fields"
+            raise self.source.fault(
+                f"an object with {names}: expected an array of rows, `[{{…}}, …]`, an object a "
+                f"line, or an object whose field `{_ROWS_FIELD}` is an array of rows"
+            )
+
+    def _names(self) -> Iterator[str]:
+        """The names of an object's fields; who asks for the next has taken the value."""
+        self.text.take()
+        if self.text.peek() == "}":
+            self.text.take()
+            return
+        while True:
+            if self.text.peek() != '"':
+                self._expect('a name in `"`')
+            name = self.text.value()
+            self.place = f"field `{excerpt(name)}`"
+            if self.text.take() != ":":
+                self._expect("`:`")
+            yield name
+            separator = self.text.take()
+            if separator == "}":
+                return
+            if separator != ",":
+                self._expect("`,` or `}` after it")
+
+    def _elements(self) -> Iterator[Row]:
+        """The elements of an array."""
+        if self.text.take() != "[":
+            what = "expected an array of rows, `[{…}, …]`, or an object a line"
+            raise self.source.fault(what, self.place)
+        if self.text.peek() == "]":
+            self.text.take()
+            return
+        for number in itertools.count(1):
+            self.place = f"row {number}"
+            yield self.place, self.text.value()
+            separator = self.text.take()
+            if separator == "]":
+                return
+            if separator != ",":
+                self._expect("`,` or `]` after it")
+
+    def _expect(self, what: str) -> NoReturn:
+        raise self.source.fault(f"not valid JSON: expected {what}", self.place)
 
 
 def _warn_repeated(source: Source, decoder: Decoder, rows: Iterator[Row]) -> Iterator[Row]:
@@ -241,10 +323,12 @@ def _parquet(source: Source, stream: io.BufferedReader) -> Iterator[Row]:
     numbers = itertools.count(1)
     with _seekable(source, stream) as file:
         try:
-            table = parquet.ParquetFile(file)
+            # So, and without threads, a page is read at a time; else a whole row group, which may
+            # be the whole file.
+            table = parquet.ParquetFile(file, buffer_size=_PARQUET_BUFFER, pre_buffer=False)
             columns = list(source.select(table.schema_arrow.names))
             # A batch becomes Python objects: few rows, because each may be long.
-            for batch in table.iter_batches(batch_size=64, columns=columns):
+            for batch in table.iter_batches(batch_size=64, columns=columns, use_threads=False):
                 for row in batch.to_pylist():
                     yield f"row {next(numbers)}", row
         except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:

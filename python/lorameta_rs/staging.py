@@ -66,7 +66,7 @@ def check(outs: Sequence[Path], owned: Sequence[str] = (), force: bool = False) 
         InvalidSetting: Two outputs are the same folder.
     """
     if len({os.path.realpath(out) for out in outs}) < len(outs):
-        raise InvalidSetting("two outputs have the same path; give each dataset its own -o")
+        raise InvalidSetting("two outputs have the same path; give each dataset its own folder")
     for out in outs:
         _check(out, owned, force)
 
@@ -75,7 +75,8 @@ def _check(out: Path, owned: Sequence[str], force: bool) -> None:
     if not os.path.lexists(out):
         return
     if not force:
-        raise OutputExists(f"`{out}` exists\nreplace it with --force, or choose another -o")
+        replaced = "replace it with --force (`force=True`), or " if owned else ""
+        raise OutputExists(f"`{out}` exists\n{replaced}choose another folder")
     if not out.is_dir() or out.is_symlink():
         raise OutputExists(f"`{out}` is not a folder, and is not replaced")
     with files.refusals(out):
@@ -84,12 +85,12 @@ def _check(out: Path, owned: Sequence[str], force: bool) -> None:
     if strange:
         raise OutputExists(
             f"`{out}` is not replaced: it holds `{strange[0]}`, which no merge has written\n"
-            "choose another -o"
+            "choose another folder"
         )
     if found and owned[0] not in found:
         raise OutputExists(
             f"`{out}` is not replaced: it has no `{owned[0]}`, so no merge has made it\n"
-            "choose another -o"
+            "choose another folder"
         )
 
 

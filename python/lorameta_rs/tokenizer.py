@@ -81,9 +81,10 @@ class Tokenizer:
 
         While the caller has one batch the next is in work, so reading the rows and counting
         their ids cost little time. Within a batch the order is not that of `rows`. Errors as
-        `encode`.
+        `encode`. Who stops early, or presses Ctrl-C, waits for the batch in work at most.
         """
-        with ThreadPoolExecutor(1) as worker:
+        worker = ThreadPoolExecutor(1)
+        try:
             begun: Future[list[list[int]]] | None = None
             for batch in _batches(rows):
                 following = worker.submit(self._batch_ids, batch)
@@ -92,6 +93,8 @@ class Tokenizer:
                 begun = following
             if begun is not None:
                 yield begun.result()
+        finally:
+            worker.shutdown(cancel_futures=True)
 
     def _batch_ids(self, batch: list[str | list[int]]) -> list[list[int]]:
         ready = [row for row in batch if not isinstance(row, str)]

@@ -89,7 +89,7 @@ def number(count: int, noun: str) -> str:
 
 
 @contextmanager
-def progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
+def progress(what: str) -> Iterator[Callable[[int, int | None], None] | None]:
     """A bar on stderr that takes (done, total); None where stderr is no terminal."""
     if not _is_terminal(sys.stderr):
         yield None
@@ -100,8 +100,9 @@ def progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=None)
 
-        def update(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
+        def update(done: int, total: int | None) -> None:
+            so_far = f"{what}: {done:,}" if total is None else what
+            bar.update(task, description=so_far, completed=done, total=total)
 
         yield update
 
@@ -121,6 +122,13 @@ def steps(what: str, total: int) -> Iterator[Callable[[object], None] | None]:
             done += 1
 
         yield step
+
+
+@contextmanager
+def rows(what: str) -> Iterator[Callable[[int], None] | None]:
+    """As `progress`, for a dataset of unknown length: it is told how many rows are done."""
+    with progress(what) as update:
+        yield None if update is None else lambda done: update(done, None)
 
 
 def _write(text: str, err: bool = False) -> None:

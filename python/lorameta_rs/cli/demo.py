@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("folder", type=options.PATH, default=Path("lorameta-demo"))
-def demo(folder: Path) -> None:
+@options.as_json
+def demo(folder: Path, as_json: bool) -> None:
     """Show the whole flow on a small bank that is part of the package.
 
     Copies the bank to FOLDER, `lorameta-demo` unless given, and makes an adapter there.
     """
     from lorameta_rs.bank import Bank
+    from lorameta_rs.cli.rank import described
     from lorameta_rs.demo import copy_out
     from lorameta_rs.flow import generate
     from lorameta_rs.index import hash_adapters, make_fingerprints, nearest_distances
@@ -32,7 +34,12 @@ def demo(folder: Path) -> None:
     hash_adapters(bank)
     nearest_distances(bank, "js", patient=True)
     out = folder / "adapter"
-    _explain(data.bank, data.dataset, out, generate(bank, data.dataset, out))
+    ranking = generate(bank, data.dataset, out)
+    if as_json:
+        paths = {"bank": str(data.bank), "dataset": str(data.dataset), "out": str(out)}
+        console.data(paths | described(ranking))
+    else:
+        _explain(data.bank, data.dataset, out, ranking)
 
 
 def _explain(bank: Path, dataset: Path, out: Path, ranking: Ranking) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("bank", type=options.PATH)
+@options.columns("the members' datasets")
 @options.bank
 @click.option(
     "--metric",
@@ -34,7 +35,7 @@ def index(bank: Path, metrics: tuple[str, ...], as_json: bool, **arguments: Any)
     """
     from lorameta_rs.index import hash_adapters, nearest_distances
 
-    opened = options.bank_from(bank, arguments)
+    opened = options.bank_from(bank, arguments, arguments["columns"])
     made = fingerprinted(opened)
     with console.steps("hashing adapters", len(opened)) as step:
         hashed = hash_adapters(opened, progress=step)

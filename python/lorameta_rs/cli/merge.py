@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +45,7 @@ _LARGEST_WEIGHTS = 16 << 20
 )
 @click.option("--repeat", type=options.PATH, help="Do again what this lorameta.json records.")
 @options.settings
+@options.columns("each DATASET")
 @options.bank
 @click.option(
     "--method",
@@ -173,7 +173,9 @@ def _compared(
     settings = options.settings_from(arguments)
     opened = options.bank_from(bank, arguments)
     fingerprinted(opened, keep)
-    return opened, jobs_for(opened, datasets, folders, settings, arguments["columns"])
+    with console.rows("counting the new tokens") as update:
+        jobs = jobs_for(opened, datasets, folders, settings, arguments["columns"], update)
+    return opened, jobs
 
 
 def _weighted(
@@ -197,10 +199,9 @@ def _repeated(
     from dataclasses import replace
 
     from lorameta_rs.bank import ANY_BASE
-    from lorameta_rs.coefficients import explicit
     from lorameta_rs.errors import InvalidBank
-    from lorameta_rs.merge import Job
     from lorameta_rs.provenance import Provenance
+    from lorameta_rs.repeat import RepeatedJob
 
     record = Provenance.load(path)
     settings = record.settings
@@ -214,7 +215,7 @@ def _repeated(
     console.report(opened)
     _same_files(opened, record, path)
     run = replace(_options(arguments), **{name: settings[name] for name in _OF_RESULT[1:]})
-    job = Job(explicit(opened.names, record.coefficients), out)
+    job = RepeatedJob.of(record, opened, out)
     return opened, [job], replace(run, method=record.method)
 
 
@@ -249,6 +250,7 @@ def _read_weights(given: Sequence[str]) -> dict[str, float]:
     """Names and numbers, from `NAME=0.3` or JSON files."""
     from lorameta_rs import files
     from lorameta_rs.errors import InvalidSetting
+    from lorameta_rs.json_stream import Decoder
 
     weights: dict[str, float] = {}
     for word in given:
@@ -258,16 +260,21 @@ def _read_weights(given: Sequence[str]) -> dict[str, float]:
         else:
             with files.reading(Path(word)) as file:
                 text = file.read(_LARGEST_WEIGHTS)
+            decoder = Decoder()
             try:
-                found = json.loads(text, parse_int=float)
-            except (ValueError, RecursionError) as error:
+                found = decoder.decode(text.decode("utf-8-sig"))
+            except ValueError as error:
                 raise InvalidSetting(f"`{word}`: not JSON: {error}") from error
+            if decoder.repeated is not None:
+                raise InvalidSetting(f"`{word}`: `{decoder.repeated}` is there twice")
         if not isinstance(found, dict):
             raise InvalidSetting(f"`{word}`: expected an object of names and numbers")
         for member, value in found.items():
-            if not isinstance(value, float):
+            if isinstance(value, bool) or not isinstance(value, int | float):
                 raise InvalidSetting(f"`{word}`: the weight of `{member}` is not a number")
-            weights[member] = value
+            if member in weights:
+                raise InvalidSetting(f"`{word}`: the weight of `{member}` is given twice")
+            weights[member] = float(value)
     return weights
 
 

@@ -60,11 +60,6 @@ def bank(function: Command) -> Command:
             "--exclude", metavar="PATTERN", multiple=True, help="Leave members out, by name."
         ),
         click.option(
-            "--columns",
-            type=Columns(),
-            help="The fields of all datasets to use; several are joined by a newline.",
-        ),
-        click.option(
             "--fingerprints",
             type=PATH,
             metavar="DIR",
@@ -73,6 +68,12 @@ def bank(function: Command) -> Command:
     ):
         function = decorate(function)
     return function
+
+
+def columns(whose: str) -> Callable[[Command], Command]:
+    """Which fields of certain datasets to use; `whose` says of which."""
+    text = f"The fields of {whose} to use; several are joined by a newline."
+    return click.option("--columns", type=Columns(), help=text)
 
 
 def settings(function: Command) -> Command:
@@ -104,7 +105,7 @@ def settings(function: Command) -> Command:
 
 
 SETTINGS = ("metric", "pipeline", "temperature", "top_k", "mass", "min_similarity")
-BANK = ("base_model", "exclude", "columns", "fingerprints")
+BANK = ("base_model", "exclude", "fingerprints")
 
 
 def settings_from(arguments: dict[str, Any]) -> Settings:
@@ -114,8 +115,10 @@ def settings_from(arguments: dict[str, Any]) -> Settings:
     return Settings(**{name: arguments[name] for name in SETTINGS})
 
 
-def bank_from(folder: Path, arguments: dict[str, Any]) -> Bank:
-    """The bank in `folder`, as a command's arguments want it."""
+def bank_from(
+    folder: Path, arguments: dict[str, Any], columns: tuple[str, ...] | None = None
+) -> Bank:
+    """The bank in `folder`, as a command's arguments want it; `columns` are its own datasets'."""
     from lorameta_rs.bank import Bank
 
-    return Bank(folder, **{name: arguments[name] for name in BANK})
+    return Bank(folder, columns=columns, **{name: arguments[name] for name in BANK})

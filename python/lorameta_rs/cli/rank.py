@@ -22,6 +22,7 @@ HEADERS = ("member", "distance", "similarity", "coefficient")
 @click.argument("bank", type=options.PATH)
 @click.argument("dataset", type=options.PATH)
 @options.settings
+@options.columns("DATASET")
 @options.bank
 @options.as_json
 def rank(bank: Path, dataset: Path, as_json: bool, **arguments: Any) -> None:
@@ -35,8 +36,13 @@ def rank(bank: Path, dataset: Path, as_json: bool, **arguments: Any) -> None:
     settings = options.settings_from(arguments)
     opened = options.bank_from(bank, arguments)
     fingerprinted(opened)
-    columns = arguments["columns"]
-    target = token_distribution(dataset, tokenizer=opened.tokenizer, columns=columns)
+    with console.rows("counting the new tokens") as update:
+        target = token_distribution(
+            dataset,
+            tokenizer=opened.tokenizer,
+            columns=arguments["columns"],
+            progress=update,
+        )
     found = rank(opened, target, settings)
     if as_json:
         console.data(described(found))
@@ -50,10 +56,24 @@ def fingerprinted(bank: Bank, keep: bool = True) -> int:
     from lorameta_rs.index import make_fingerprints
 
     said = console.report(bank)
+    _say_outdated(bank)
     with console.steps("counting tokens", len(bank.unfingerprinted())) as step:
         made = make_fingerprints(bank, keep=keep, progress=step)
     console.report(bank, said)
     return sum(made.values())
+
+
+def _say_outdated(bank: Bank) -> None:
+    """Say which fingerprints there were to be used, and why they are made again instead."""
+    reasons = bank.outdated()
+    again = [m.name for m in bank.members if m.name in reasons and bank.dataset(m) is not None]
+    if not again:
+        return
+    names = ", ".join(f"`{name}`" for name in again[:3])
+    if len(again) > 3:
+        names += f" and {len(again) - 3} more"
+    why = reasons[again[0]] if len(again) == 1 else f"the first because {reasons[again[0]]}"
+    console.say(f"{console.number(len(again), 'fingerprint')} made again, of {names}: {why}")
 
 
 def rows(ranking: Ranking, most: int | None = None) -> list[tuple[str, str, str, str]]:
@@ -92,6 +112,8 @@ def say_relevance(ranking: Ranking) -> None:
     nearest = f"nearest is `{about.nearest}` at {about.distance:.4g}"
     if about.warning is not None:
         console.warn(about.warning)
+    elif len(ranking.names) == 1:
+        console.say(nearest)  # of a bank of one nobody knows how near its datasets are
     elif about.percentile is None:
         console.say(f"{nearest}; `lorameta-rs index` finds out how near that is for this bank")
     else:
