@@ -21,7 +21,7 @@ use std::{
     time::Instant,
 };
 
-use lorameta::{Adapter, Dtype, Io, Options, Soup, Watch, kernels::widest};
+use lorameta::{Adapter, Dtype, Io, Options, Soup, Terms, Watch, kernels::widest};
 use memmap2::Mmap;
 
 const ROUNDS: usize = 9;
@@ -52,7 +52,10 @@ fn main() -> Result<(), Box<dyn Error>> {
         memory: arguments.memory << 20,
         ..Options::default()
     };
-    let soup = Soup::new(&adapters, &coefficients, None, options)?;
+    let one_each = |row: &Vec<f64>| row.iter().map(|&c| vec![c]).collect();
+    let terms =
+        Terms::new(&adapters, &coefficients.iter().map(one_each).collect::<Vec<_>>(), None)?;
+    let soup = Soup::new(&terms, options)?;
     let folder = tempfile::tempdir()?;
     let outputs: Vec<PathBuf> =
         (0..arguments.targets).map(|k| folder.path().join(k.to_string())).collect();

@@ -1,8 +1,10 @@
 //! The plan of a job: the tensors cut into runs of columns, small enough for the memory budget.
 
 use crate::{
+    adapter::Adapter,
     bank::Bank,
     error::{Error, Result},
+    joint::{Joint, Share},
     source::Io,
 };
 
@@ -28,11 +30,17 @@ impl Default for Options {
 
 impl Options {
     pub(crate) fn threads(&self) -> usize {
-        let cores = || std::thread::available_parallelism().map_or(1, usize::from);
         match (self.threads, self.io) {
-            (0, Io::Read) => 2 * cores(),
-            (0, Io::Mmap) => cores(),
-            (threads, _) => threads,
+            (0, Io::Read) => 2 * self.cores(),
+            _ => self.cores(),
+        }
+    }
+
+    /// Threads for work that is all arithmetic.
+    pub(crate) fn cores(&self) -> usize {
+        match self.threads {
+            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            threads => threads,
         }
     }
 }
@@ -56,7 +64,7 @@ pub(crate) struct Run {
 /// How a job is cut, and what it takes.
 #[derive(Debug, Clone)]
 pub struct Plan {
-    /// What is read from the adapters, in bytes: each byte once.
+    /// What is read from the adapters, in bytes.
     pub bytes: u64,
     /// What the job allocates and keeps mapped at most, in bytes.
     pub memory: usize,
@@ -150,9 +158,53 @@ impl Plan {
         })
     }
 
-    /// The runs of the `index`-th block: what one thread sums and writes in one go.
-    pub(crate) fn block(&self, index: usize) -> Option<&[Run]> {
-        self.runs.chunks(self.together).nth(index)
+    /// A job that goes through whole modules, a thread with one at a time, for which it holds
+    /// `need` bytes at most. A module is read `times` times.
+    ///
+    /// # Errors
+    /// Not even one module at a time fits into the budget.
+    pub(crate) fn of_modules(
+        adapters: &[&Adapter],
+        joints: &[Joint],
+        times: impl Fn(&Joint) -> u64,
+        need: usize,
+        options: &Options,
+    ) -> Result<Self> {
+        if need > options.memory {
+            return Err(Error::Memory {
+                given: options.memory >> 20,
+                needed: need.div_ceil(1 << 20),
+            });
+        }
+        let threads = options.cores().min(options.memory / need.max(1)).min(joints.len()).max(1);
+        let size = |share: &Share| {
+            let layout = &adapters[share.adapter].layout;
+            let module = &layout.modules[share.module];
+            let bytes = |tensor: usize| &layout.tensors[tensor].bytes;
+            let size = |tensor: usize| bytes(tensor).end - bytes(tensor).start;
+            size(module.a) + size(module.b)
+        };
+        let of = |joint: &Joint| times(joint) * joint.holders.iter().map(size).sum::<u64>();
+        Ok(Self {
+            bytes: joints.iter().map(of).sum(),
+            memory: threads * need,
+            threads,
+            group: 1,
+            io: options.io,
+            runs: vec![],
+            together: 1,
+        })
+    }
+
+    /// The number of blocks: what one thread sums and writes in one go.
+    pub(crate) fn blocks(&self) -> usize {
+        self.runs.len().div_ceil(self.together)
+    }
+
+    /// The runs of a block.
+    pub(crate) fn block(&self, index: usize) -> &[Run] {
+        let start = index * self.together;
+        &self.runs[start..self.runs.len().min(start + self.together)]
     }
 }
 
@@ -193,10 +245,7 @@ pub(crate) fn joined(runs: &[Run]) -> Vec<Piece> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        adapter::Adapter,
-        testing::{Spec, folder},
-    };
+    use crate::testing::{Spec, folder};
     use proptest::prelude::*;
 
     proptest! {

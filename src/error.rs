@@ -36,8 +36,8 @@ pub enum Error {
     },
     /// The file has the tensor, in another shape than the adapters it is to be combined with.
     #[error(
-        "`{}`: {} has shape {found:?}, `{}` has {expected:?}; \
-         a weighted sum of the factors needs adapters of one rank and one base model",
+        "`{}`: {} has shape {found:?}, where `{}` has or needs {expected:?}; \
+         they are for different base models, or, for sums of factors, differ in rank",
         path.display(), Quoted(tensor), other.display()
     )]
     Shape {
@@ -144,6 +144,17 @@ fn escape(c: char) -> impl Iterator<Item = char> {
     let plain = (!c.is_control()).then_some(c);
     let escaped = c.is_control().then(|| c.escape_default());
     plain.into_iter().chain(escaped.into_iter().flatten())
+}
+
+/// What a number that is not finite is called.
+pub(crate) fn not_finite(number: f32) -> &'static str {
+    if number.is_nan() {
+        "NaN"
+    } else if number > 0.0 {
+        "Inf"
+    } else {
+        "-Inf"
+    }
 }
 
 #[cfg(test)]

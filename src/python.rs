@@ -14,10 +14,14 @@ use pyo3::{
 };
 
 use crate::{
-    Dtype, Error, Io, Options, Plan, Result, Soup, Watch,
+    Cat, Dtype, Error, Io, Kept, Options, Plan, Rank, Result, Soup, Svd, Terms, Watch,
     adapter::Adapter,
     layout::{Factor, Kind, Layout},
+    merge::ITERATIONS,
 };
+
+/// What vLLM loads unless it is told to expect more.
+const DEFAULT_RANK: usize = 16;
 
 /// How often Ctrl-C is looked for and progress is told: well within 100 ms.
 const PULSE: Duration = Duration::from_millis(40);
@@ -26,7 +30,8 @@ const PULSE: Duration = Duration::from_millis(40);
 mod _core {
     #[pymodule_export]
     use super::{
-        PyAdapter, PyLayout, PyModule, PyPlan, first_match, open_adapters, plan_soup, scan, soup,
+        Outcome, PyAdapter, PyLayout, PyModule, PyPlan, combine, cosines, first_match, norms,
+        open_adapters, plan, scan, soup_errors,
     };
 }
 
@@ -149,68 +154,189 @@ fn scan(py: Python<'_>, adapter: Py<PyAdapter>) -> PyResult<Vec<(String, &'stati
     interruptible(py, adapter.stamp().size, None, |watch| crate::scan(adapter, watch))
 }
 
-#[pyfunction]
-#[pyo3(signature = (adapters, coefficients, *, strengths=None, threads=0, memory, io="read"))]
-fn plan_soup(
-    py: Python<'_>,
-    adapters: Vec<Py<PyAdapter>>,
-    coefficients: Vec<Vec<f64>>,
-    strengths: Option<Vec<Vec<f64>>>,
+/// The attributes of `lorameta_rs.merge.Options` that the core knows.
+#[derive(FromPyObject)]
+struct Settings {
+    method: String,
+    rank: Option<usize>,
+    energy: Option<f64>,
+    seed: u64,
+    dtype: String,
     threads: usize,
     memory: usize,
-    io: &str,
+    io: String,
+    allow_nan: bool,
+}
+
+impl Settings {
+    fn options(&self) -> Result<Options> {
+        let io = match &self.io[..] {
+            "read" => Io::Read,
+            "mmap" => Io::Mmap,
+            io => return Err(Error::Setting(format!("io is `{io}`, expected read or mmap"))),
+        };
+        Ok(Options { threads: self.threads, memory: self.memory, io, allow_nan: self.allow_nan })
+    }
+
+    fn dtype(&self) -> Result<Dtype> {
+        Dtype::from_name(&self.dtype).ok_or_else(|| {
+            let dtype = &self.dtype;
+            Error::Setting(format!("dtype is `{dtype}`, expected float32, float16 or bfloat16"))
+        })
+    }
+
+    fn rank(&self) -> Result<Rank> {
+        match (self.rank, self.energy) {
+            (Some(_), Some(_)) => Err(Error::Setting("rank and energy: give one".to_owned())),
+            (rank, None) => Ok(Rank::Fixed(rank.unwrap_or(DEFAULT_RANK))),
+            (None, Some(share)) => Ok(Rank::Energy(share)),
+        }
+    }
+}
+
+/// A way of combining adapters, prepared.
+enum Job<'a> {
+    Soup(Soup<'a>),
+    Cat(Cat<'a>),
+    Svd(Svd<'a>),
+}
+
+impl<'a> Job<'a> {
+    fn new(terms: &'a Terms<'a>, settings: &Settings) -> Result<Self> {
+        let options = settings.options()?;
+        Ok(match &settings.method[..] {
+            "soup" => Self::Soup(Soup::new(terms, options)?),
+            "cat" => Self::Cat(Cat::new(terms, options)?),
+            "svd" => {
+                let (rank, seed) = (settings.rank()?, settings.seed);
+                Self::Svd(Svd::new(terms, rank, seed, ITERATIONS, options)?)
+            }
+            method => return Err(Error::Setting(format!("no method `{method}`"))),
+        })
+    }
+
+    fn plan(&self) -> &Plan {
+        match self {
+            Self::Soup(soup) => soup.plan(),
+            Self::Cat(cat) => cat.plan(),
+            Self::Svd(svd) => svd.plan(),
+        }
+    }
+
+    /// What became of each target: its rank where the method chooses one, and what that keeps.
+    fn write(&self, outputs: &[PathBuf], dtype: Dtype, watch: &Watch) -> Result<Vec<Outcome>> {
+        let none = |rank| Outcome { rank, kept: vec![] };
+        match self {
+            Self::Soup(soup) => {
+                soup.write(outputs, dtype, watch)?;
+                Ok(outputs.iter().map(|_| none(None)).collect())
+            }
+            Self::Cat(cat) => {
+                cat.write(outputs, dtype, watch)?;
+                Ok(cat.ranks().into_iter().map(|rank| none(Some(rank))).collect())
+            }
+            Self::Svd(svd) => {
+                let of = |kept: Kept| (kept.module, kept.energy, kept.kept, kept.exact);
+                let one = |(rank, kept): (usize, Vec<Kept>)| Outcome {
+                    rank: Some(rank),
+                    kept: kept.into_iter().map(of).collect(),
+                };
+                Ok(svd.write(outputs, dtype, watch)?.into_iter().map(one).collect())
+            }
+        }
+    }
+}
+
+/// What became of one target.
+#[pyclass(frozen, get_all, name = "Outcome", module = "lorameta_rs._core")]
+struct Outcome {
+    rank: Option<usize>,
+    kept: Vec<(String, f64, f64, bool)>,
+}
+
+#[pyfunction]
+fn plan(
+    py: Python<'_>,
+    adapters: Vec<Py<PyAdapter>>,
+    coefficients: Vec<Vec<Vec<f64>>>,
+    strengths: Option<Vec<Vec<f64>>>,
+    settings: Settings,
 ) -> PyResult<PyPlan> {
     let adapters = unwrap(adapters);
     let plan = || {
-        let options = Options { threads, memory, io: io_named(io)?, allow_nan: false };
-        let soup = Soup::new(&adapters, &coefficients, strengths.as_deref(), options)?;
-        Ok(PyPlan::from(soup.plan()))
+        let terms = Terms::new(&adapters, &coefficients, strengths.as_deref())?;
+        Ok(PyPlan::from(Job::new(&terms, &settings)?.plan()))
     };
     py.detach(plan).map_err(|error| to_python(py, error))
 }
 
 #[pyfunction]
-#[pyo3(signature = (adapters, coefficients, outputs, *, strengths=None, dtype="float32",
-                    threads=0, memory, io="read", allow_nan=false, progress=None))]
-#[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python function")]
-fn soup(
+#[pyo3(signature = (adapters, coefficients, strengths, outputs, settings, progress=None))]
+fn combine(
     py: Python<'_>,
     adapters: Vec<Py<PyAdapter>>,
-    coefficients: Vec<Vec<f64>>,
-    outputs: Vec<PathBuf>,
+    coefficients: Vec<Vec<Vec<f64>>>,
     strengths: Option<Vec<Vec<f64>>>,
-    dtype: &str,
-    threads: usize,
-    memory: usize,
-    io: &str,
-    allow_nan: bool,
+    outputs: Vec<PathBuf>,
+    settings: Settings,
     progress: Option<Py<PyAny>>,
-) -> PyResult<PyPlan> {
+) -> PyResult<(PyPlan, Vec<Outcome>)> {
     let adapters = unwrap(adapters);
-    let prepare = || {
-        let options = Options { threads, memory, io: io_named(io)?, allow_nan };
-        Soup::new(&adapters, &coefficients, strengths.as_deref(), options)
-    };
-    let job = py.detach(prepare).map_err(|error| to_python(py, error))?;
-    let dtype = Dtype::from_name(dtype).ok_or_else(|| {
-        let text = format!("dtype is `{dtype}`, expected float32, float16 or bfloat16");
-        to_python(py, Error::Setting(text))
-    })?;
+    let raise = |error| to_python(py, error);
+    let terms = py.detach(|| Terms::new(&adapters, &coefficients, strengths.as_deref()));
+    let terms = terms.map_err(raise)?;
+    let job = py.detach(|| Job::new(&terms, &settings)).map_err(raise)?;
+    let dtype = settings.dtype().map_err(raise)?;
     let total = job.plan().bytes;
-    interruptible(py, total, progress, |watch| job.write(&outputs, dtype, watch))?;
-    Ok(PyPlan::from(job.plan()))
+    let outcomes = interruptible(py, total, progress, |watch| job.write(&outputs, dtype, watch))?;
+    Ok((PyPlan::from(job.plan()), outcomes))
+}
+
+#[pyfunction]
+fn soup_errors(
+    py: Python<'_>,
+    adapters: Vec<Py<PyAdapter>>,
+    coefficients: Vec<Vec<Vec<f64>>>,
+    strengths: Option<Vec<Vec<f64>>>,
+    settings: Settings,
+) -> PyResult<Vec<f64>> {
+    let adapters = unwrap(adapters);
+    interruptible(py, 0, None, |watch| {
+        let terms = Terms::new(&adapters, &coefficients, strengths.as_deref())?;
+        crate::gram::soup_errors(&terms, &settings.options()?, watch)
+    })
+}
+
+#[pyfunction]
+#[pyo3(signature = (adapters, settings, progress=None))]
+fn norms(
+    py: Python<'_>,
+    adapters: Vec<Py<PyAdapter>>,
+    settings: Settings,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<Vec<Vec<f64>>> {
+    let adapters = unwrap(adapters);
+    let total = adapters.iter().map(|adapter| adapter.stamp().size).sum();
+    interruptible(py, total, progress, |watch| {
+        crate::gram::norms(&adapters, &settings.options()?, watch)
+    })
+}
+
+#[pyfunction]
+fn cosines(
+    py: Python<'_>,
+    adapters: Vec<Py<PyAdapter>>,
+    module: String,
+    settings: Settings,
+) -> PyResult<Vec<Vec<f64>>> {
+    let adapters = unwrap(adapters);
+    interruptible(py, 0, None, |watch| {
+        crate::gram::cosines(&adapters, &module, &settings.options()?, watch)
+    })
 }
 
 fn unwrap(adapters: Vec<Py<PyAdapter>>) -> Vec<Adapter> {
     adapters.into_iter().map(|adapter| adapter.get().0.clone()).collect()
-}
-
-fn io_named(name: &str) -> Result<Io> {
-    match name {
-        "read" => Ok(Io::Read),
-        "mmap" => Ok(Io::Mmap),
-        _ => Err(Error::Setting(format!("io is `{name}`, expected read or mmap"))),
-    }
 }
 
 /// Run long work off the interpreter: tell `progress(done, total)` how far it is, stop it on

@@ -112,7 +112,7 @@ def test_members_are_excluded_by_name_and_pattern(make_bank):
 
 @pytest.mark.parametrize("name", ["threads", "memory"])
 def test_numbers_below_zero_are_refused_by_name(make_bank, tmp_path, name):
-    with pytest.raises(InvalidSetting, match=f"{name} -1: expected 0 or more"):
+    with pytest.raises(InvalidSetting, match=f"{name} is -1, expected [01] or more"):
         Bank(make_bank().folder).merge(np.ones(3), tmp_path / "out", **{name: -1})
 
 

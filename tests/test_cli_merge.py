@@ -59,7 +59,7 @@ def tensors(folder):
 
 
 def test_a_dataset_becomes_an_adapter(written, dataset, out, lorameta):
-    status, table, err = lorameta("merge", written.folder, dataset, "-o", out)
+    status, table, err = lorameta("merge", written.folder, dataset, "-o", out, "--method", "soup")
     assert status == 0
     assert {path.name for path in out.iterdir()} == FILES
     assert [line.split("\t")[0] for line in table.splitlines()] == ["member", *TEXTS]
@@ -111,7 +111,7 @@ def test_several_datasets_take_one_pass(bank, dataset, out, lorameta):
 def test_weights_are_taken_as_they_are(written, tmp_path, out, lorameta):
     file = tmp_path / "weights.json"
     file.write_text('{"hamlet": 2}')
-    options = ["--weights", file, "--weights", "macbeth=-1e-1", "--json"]
+    options = ["--weights", file, "--weights", "macbeth=-1e-1", "--json", "--method", "soup"]
     status, text, _ = lorameta("merge", written.folder, *options, "-o", out)
     assert status == 0
     assert json.loads(text)["jobs"][0]["members"] == [
@@ -348,7 +348,9 @@ def test_ctrl_c_leaves_nothing(large_bank, tmp_path):
     weights = tmp_path / "weights.json"
     weights.write_text(json.dumps({str(i): 1 for i in range(800)}))
     command = [sys.executable, "-m", "lorameta_rs", "merge", large_bank, "--weights", weights]
-    process = subprocess.Popen([*command, "-o", out, "--threads", "1"], stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [*command, "-o", out, "--threads", "1", "--method", "soup"], stderr=subprocess.PIPE
+    )
     while process.poll() is None and not any(tmp_path.glob(".out.*/*")):
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)

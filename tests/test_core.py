@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 
 from lorameta_rs import _core
 from lorameta_rs.errors import InvalidAdapter, InvalidSetting, LayoutMismatch, MissingFile
+from lorameta_rs.merge import Options
 
 MALFORMED = Path(__file__).parent / "golden" / "malformed"
 WEIGHTS = "adapter_model.safetensors"
@@ -207,6 +209,15 @@ def test_scan_finds_an_untrained_factor():
 # Sums.
 
 
+# The settings are any object with the attributes of `merge.Options`, which would refuse some here.
+SOUP = SimpleNamespace(**vars(Options(method="soup", memory=1 << 24)))
+
+
+def each(rows):
+    """One coefficient for all modules of each adapter."""
+    return [[[coefficient] for coefficient in row] for row in rows]
+
+
 def test_arguments_that_contradict_each_other(make_bank, tmp_path):
     written = make_bank(["a", "b"])
     adapters = _core.open_adapters([written.weights(name) for name in "ab"])
@@ -222,26 +233,29 @@ def test_arguments_that_contradict_each_other(make_bank, tmp_path):
         ([[1.0, 1.0]], [out], {"dtype": "float64"}, "expected float32, float16 or bfloat16"),
         ([[1.0, 1.0]], [out], {"io": "pipe"}, "expected read or mmap"),
     ]:
+        strengths = keywords.pop("strengths", None)
+        settings = SimpleNamespace(**(vars(SOUP) | keywords))
         with pytest.raises(InvalidSetting, match=said):
-            _core.soup(adapters, rows, outs, memory=1 << 24, **keywords)
+            _core.combine(adapters, each(rows), strengths, outs, settings)
     assert not any(tmp_path.iterdir())
 
 
 def test_a_plan_reads_each_chosen_byte_once(make_bank):
     written = make_bank(modules={"q": (1000, 1000)}, dtypes="F16 F32", rank=3)
     adapters = _core.open_adapters([written.weights(name) for name in "abc"])
-    each = 3000 * 2 + 3000 * 4
+    size = 3000 * 2 + 3000 * 4
     for rows, count in [([[1.0, 0.0, 0.0]], 1), ([[1.0, 0, 0], [0, 0, 1.0]], 2), ([[1, 1, 1]], 3)]:
-        assert _core.plan_soup(adapters, rows, memory=1 << 24).bytes == count * each
+        assert _core.plan(adapters, each(rows), None, SOUP).bytes == count * size
+    small = SimpleNamespace(**(vars(SOUP) | {"memory": 1000, "threads": 1}))
     with pytest.raises(InvalidSetting, match=r"budget is 0 MiB, .* at least \d+ MiB.*--memory"):
-        _core.plan_soup(adapters, [[1, 1, 1]], memory=1000, threads=1)
+        _core.plan(adapters, each([[1, 1, 1]]), None, small)
 
 
 def test_shapes_that_differ(make_bank, tmp_path):
     written = make_bank({"a": {}, "b": {"modules": {"model.layers.0.self_attn.q_proj": (24, 25)}}})
     adapters = _core.open_adapters([written.weights(name) for name in "ab"])
     with pytest.raises(LayoutMismatch) as caught:
-        _core.soup(adapters, [[1.0, 1.0]], [tmp_path / "out"], memory=1 << 24)
+        _core.combine(adapters, each([[1.0, 1.0]]), None, [tmp_path / "out"], SOUP)
     for said in (str(written.weights("b")), Q_B, "[25, 2]", str(written.weights("a")), "[24, 2]"):
         assert said in str(caught.value)
 
@@ -252,7 +266,7 @@ def test_one_file_for_each_target(make_bank, tmp_path):
     outs = [tmp_path / "one", tmp_path / "two"]
     rows = [[0.5, 0.25, 0.0], [0.0, -1.0, 2.0]]
     strengths = [[1.0] * 4, [2.0, 3.0, 4.0, 5.0], [0.5] * 4]
-    _core.soup(adapters, rows, outs, strengths=strengths, memory=1 << 24, threads=2)
+    _core.combine(adapters, each(rows), strengths, outs, SOUP)
     modules = [module.name for module in adapters[0].layout.modules]
 
     def strength(i, tensor):

@@ -51,7 +51,8 @@ def test_the_whole_flow_ends_in_an_adapter(tmp_path, capsys):
     tensors = safetensors.numpy.load_file(out / "adapter_model.safetensors")
     member = Bank(tmp_path / "demo" / "bank").members[0]
     expected = safetensors.numpy.load_file(member.adapter.path)
-    assert {n: t.shape for n, t in tensors.items()} == {n: t.shape for n, t in expected.items()}
+    assert set(tensors) == set(expected)
+    assert {min(tensor.shape) for tensor in tensors.values()} == {16}
 
 
 def test_a_program_gets_the_ranking_and_the_paths(tmp_path, lorameta):

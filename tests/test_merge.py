@@ -67,7 +67,7 @@ def bank(make_bank):
 def merged(bank, coefficients, out, **options):
     """The numbers that `Bank.merge` writes for coefficients by name, and the configuration."""
     row = np.array([coefficients.get(name, 0.0) for name in bank.names])
-    bank.merge(row, out, **options)
+    bank.merge(row, out, **({"method": "soup"} | options))
     return reference.read(out / WEIGHTS)[0], json.loads((out / "adapter_config.json").read_text())
 
 
@@ -110,12 +110,12 @@ def test_every_target_of_a_pass_equals_its_sum(mixed, tmp_path, targets, io):
     rows = np.random.default_rng(targets).normal(size=(targets, len(bank)))
     rows[:, 1] = 0.0
     jobs = [Job(row, tmp_path / str(i)) for i, row in enumerate(rows)]
-    done = merge(bank, jobs, Options(io=io))
+    done = merge(bank, jobs, Options(method="soup", io=io))
     for i, row in enumerate(rows):
         got, _ = reference.read(tmp_path / str(i) / WEIGHTS)
         assert_sums(got, [mixed.numbers[name] for name in bank.names], row)
     used = [member for member, column in zip(bank.members, rows.T, strict=True) if column.any()]
-    assert done.bytes == sum(data_size(mixed.weights(member.name)) for member in used)
+    assert done.plan.bytes == sum(data_size(mixed.weights(member.name)) for member in used)
 
 
 def data_size(path):
@@ -128,16 +128,16 @@ def data_size(path):
 def test_the_bits_depend_on_nothing_but_members_and_coefficients(mixed, tmp_path, targets, dtype):
     bank = Bank(mixed.folder)
     rows = np.random.default_rng(0).normal(size=(targets, len(bank)))
-    bank.merge(rows[0], tmp_path / "alone", dtype=dtype)
+    bank.merge(rows[0], tmp_path / "alone", dtype=dtype, method="soup")
     alone = (tmp_path / "alone" / WEIGHTS).read_bytes()
     ways = itertools.product([1, 2, 3], [1 << 20, 64 << 20], ["mmap", "read"])
     for way, (threads, memory, io) in enumerate(ways):
         outs = [tmp_path / f"{way}-{i}" for i in range(targets)]
-        options = Options(dtype=dtype, threads=threads, memory=memory, io=io)
+        options = Options(method="soup", dtype=dtype, threads=threads, memory=memory, io=io)
         done = merge(bank, [Job(*job) for job in zip(rows, outs, strict=True)], options)
         assert (outs[0] / WEIGHTS).read_bytes() == alone
-        assert done.memory <= memory
-        assert done.threads == threads
+        assert done.plan.memory <= memory
+        assert done.plan.threads == threads
 
 
 def test_modules_past_one_block(make_bank, tmp_path):
@@ -146,7 +146,7 @@ def test_modules_past_one_block(make_bank, tmp_path):
     bank = Bank(written.folder)
     outs = [tmp_path / str(threads) for threads in (1, 4)]
     for threads, out in zip((1, 4), outs, strict=True):
-        bank.merge([0.5, -0.25, 3.0], out, threads=threads, memory=1 << 20)
+        bank.merge([0.5, -0.25, 3.0], out, threads=threads, memory=1 << 20, method="soup")
     assert_sums(reference.read(outs[0] / WEIGHTS)[0], [*written.numbers.values()], [0.5, -0.25, 3])
     assert (outs[0] / WEIGHTS).read_bytes() == (outs[1] / WEIGHTS).read_bytes()
 
@@ -194,11 +194,11 @@ def test_more_members_than_files_may_be_open(make_bank, tmp_path, io):
 def test_the_plan_is_what_the_merge_does(mixed, tmp_path):
     bank = Bank(mixed.folder)
     jobs = [Job(np.eye(len(bank))[i], tmp_path / str(i)) for i in (0, 2)]
-    options = Options(threads=2, memory=1 << 20)
+    options = Options(method="soup", threads=2, memory=1 << 20)
     before, after = plan(bank, jobs, options), merge(bank, jobs, options)
     for name in ("bytes", "memory", "threads"):
-        assert getattr(before, name) == getattr(after, name)
-    assert before.memory <= 1 << 20
+        assert getattr(before.plan, name) == getattr(after.plan, name)
+    assert before.plan.memory <= 1 << 20
 
 
 @settings(max_examples=25)
@@ -220,7 +220,7 @@ def test_scaling_all_coefficients_scales_both_factors_alike(bank, tmp_path_facto
 def test_the_sum_of_two_merges_is_the_merge_of_the_sums(bank, tmp_path_factory, rows):
     folder = tmp_path_factory.mktemp("sums")
     rows = np.array([*rows, np.sum(rows, axis=0)])
-    merge(bank, [Job(row, folder / str(i)) for i, row in enumerate(rows)])
+    merge(bank, [Job(row, folder / str(i)) for i, row in enumerate(rows)], Options(method="soup"))
     one, other, both = (reference.read(folder / str(i) / WEIGHTS)[0] for i in range(3))
     for name, numbers in both.items():
         np.testing.assert_allclose(one[name] + other[name], numbers, rtol=0, atol=2e-5)
@@ -302,7 +302,7 @@ def test_other_ranks_are_refused_and_said_how_to_go_on(make_bank, tmp_path):
     bank = Bank(written.folder)
     with pytest.raises(LayoutMismatch) as caught:
         merged(bank, {"a": 0.5, "b": 0.5}, tmp_path / "out")
-    for said in (str(written.folder / "a"), str(written.folder / "b"), "rank 3", "--exclude"):
+    for said in (str(written.folder / "a"), str(written.folder / "b"), "rank 3", "--method svd"):
         assert said in str(caught.value)
     assert merged(bank, {"a": 0.5, "c": 0.5}, tmp_path / "out")[1]["r"] == 2
     assert not (tmp_path / "out" / "b").exists()
@@ -405,22 +405,30 @@ def test_what_the_base_has_to_be_must_not_differ(make_bank, tmp_path, field, val
 )
 def test_coefficients_that_cannot_be_used(make_bank, tmp_path, row, said):
     with pytest.raises(InvalidSetting, match=said):
-        Bank(make_bank().folder).merge(row, tmp_path / "out")
+        Bank(make_bank().folder).merge(row, tmp_path / "out", method="soup")
     assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"method": "svd"}, "method `svd`: expected one of soup"),
+        ({"method": "sum"}, "method `sum`: expected one of auto, soup, svd, cat"),
         ({"dtype": "int8"}, "dtype `int8`: expected one of float32, float16, bfloat16"),
         ({"io": "magic"}, "io `magic`: expected one of read, mmap"),
         ({"memory": 1 << 10}, "raise --memory"),
+        ({"normalize": "unit"}, "norms are those of ΔW"),
+        ({"rank": 4}, "the method `soup` has its own rank"),
+        ({"method": "svd", "rank": 0}, "rank is 0, expected 1 or more"),
+        ({"method": "svd", "rank": 4, "energy": 0.9}, "give one"),
+        ({"method": "svd", "energy": 1.1}, "energy is 1.1, expected a share"),
+        ({"method": "svd", "allow_nan": True}, "cannot decompose NaN"),
     ],
 )
 def test_options_that_cannot_be_used(make_bank, tmp_path, options, said):
     with pytest.raises(InvalidSetting, match=said):
-        Bank(make_bank().folder).merge([1.0, 1.0, 1.0], tmp_path / "out", **options)
+        Bank(make_bank().folder).merge(
+            [1.0, 1.0, 1.0], tmp_path / "out", **({"method": "soup"} | options)
+        )
     assert not any(tmp_path.iterdir())
 
 
@@ -434,12 +442,12 @@ def test_a_number_that_is_none_is_named(make_bank, tmp_path, number, shown, targ
     rows[0, 1] = 0.5
     jobs = [Job(row, tmp_path / str(i)) for i, row in enumerate(rows)]
     with pytest.raises(NotFinite) as caught:
-        merge(bank, jobs)
+        merge(bank, jobs, Options(method="soup"))
     for said in (str(written.weights("b")), Q_A, f"holds {shown};", "--allow-nan"):
         assert said in str(caught.value)
     assert not any(tmp_path.iterdir())
 
-    merge(bank, jobs, Options(allow_nan=True))
+    merge(bank, jobs, Options(method="soup", allow_nan=True))
     for i, row in enumerate(rows):
         got, _ = reference.read(tmp_path / str(i) / WEIGHTS)
         if row[1]:
@@ -451,11 +459,11 @@ def test_a_number_that_is_none_is_named(make_bank, tmp_path, number, shown, targ
 def test_a_sum_beyond_its_type_is_named(make_bank, tmp_path):
     bank = Bank(make_bank().folder)
     with pytest.raises(NotFinite, match=r"lora_A.weight`: the weighted sum is beyond .*--dtype"):
-        bank.merge([1e6, 0.0, 0.0], tmp_path / "out", dtype="float16")
+        bank.merge([1e6, 0.0, 0.0], tmp_path / "out", dtype="float16", method="soup")
     with pytest.raises(NotFinite, match="beyond the range of F32"):
-        bank.merge([3e38, 3e38, 3e38], tmp_path / "out")
+        bank.merge([3e38, 3e38, 3e38], tmp_path / "out", method="soup")
     assert not any(tmp_path.iterdir())
-    bank.merge([1e6, 0.0, 0.0], tmp_path / "out", dtype="bfloat16")
+    bank.merge([1e6, 0.0, 0.0], tmp_path / "out", dtype="bfloat16", method="soup")
 
 
 @pytest.mark.parametrize("change", ["touched", "longer", "replaced"])
@@ -471,9 +479,9 @@ def test_a_file_that_changed_since_the_bank_was_read(make_bank, tmp_path, change
         shutil.copy(written.weights("a"), path)
         os.utime(path, ns=(0, 1))
     with pytest.raises(FileChanged, match=r"b.adapter_model\.safetensors` changed"):
-        bank.merge([0.5, 0.5, 0.0], tmp_path / "out")
+        bank.merge([0.5, 0.5, 0.0], tmp_path / "out", method="soup")
     assert not any(tmp_path.iterdir())
-    bank.merge([0.5, 0.0, 0.5], tmp_path / "out")
+    bank.merge([0.5, 0.0, 0.5], tmp_path / "out", method="soup")
 
 
 def test_a_file_that_changes_meanwhile(large_bank, tmp_path):
@@ -486,7 +494,12 @@ def test_a_file_that_changes_meanwhile(large_bank, tmp_path):
         os.utime(path, ns=(0, len(unfinished)))
 
     with pytest.raises(FileChanged, match=WEIGHTS):
-        merge(bank, [Job(np.ones(len(bank)), tmp_path / "out")], Options(threads=1), touch)
+        merge(
+            bank,
+            [Job(np.ones(len(bank)), tmp_path / "out")],
+            Options(method="soup", threads=1),
+            touch,
+        )
     assert unfinished[0]
     assert not any(tmp_path.iterdir())
 
@@ -495,11 +508,11 @@ def test_progress_rises_to_the_end(large_bank, tmp_path):
     bank = Bank(large_bank)
     told = []
     job = Job(np.ones(len(bank)), tmp_path / "out")
-    done = merge(bank, [job], Options(threads=1), lambda *now: told.append(now))
+    done = merge(bank, [job], Options(method="soup", threads=1), lambda *now: told.append(now))
     assert len(told) > 1
     assert told == sorted(told)
-    assert {total for _, total in told} == {done.bytes}
-    assert told[-1] == (done.bytes, done.bytes)
+    assert {total for _, total in told} == {done.plan.bytes}
+    assert told[-1] == (done.plan.bytes, done.plan.bytes)
 
 
 def test_verified_hashes(make_bank, tmp_path):
@@ -507,12 +520,12 @@ def test_verified_hashes(make_bank, tmp_path):
 
     written = make_bank()
     bank = Bank(written.folder)
-    bank.merge([1.0, 1.0, 0.0], tmp_path / "unindexed", verify=True)
+    bank.merge([1.0, 1.0, 0.0], tmp_path / "unindexed", verify=True, method="soup")
     hash_adapters(bank)
-    bank.merge([1.0, 1.0, 0.0], tmp_path / "indexed", verify=True)
+    bank.merge([1.0, 1.0, 0.0], tmp_path / "indexed", verify=True, method="soup")
     index = Index.of(bank)
     index.adapters["b"] = dataclasses.replace(index.adapters["b"], sha256="0" * 64)
     index.save()
     with pytest.raises(FileChanged, match=r"b.*SHA-256 .*, the index recorded\s+000000000000"):
-        bank.merge([1.0, 1.0, 0.0], tmp_path / "changed", verify=True)
-    bank.merge([1.0, 0.0, 1.0], tmp_path / "changed", verify=True)
+        bank.merge([1.0, 1.0, 0.0], tmp_path / "changed", verify=True, method="soup")
+    bank.merge([1.0, 0.0, 1.0], tmp_path / "changed", verify=True, method="soup")

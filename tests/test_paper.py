@@ -15,7 +15,7 @@ from lorameta_rs import Bank, _metrics, coefficients, distance, paper
 from lorameta_rs.errors import InvalidBank, InvalidSetting
 from lorameta_rs.fingerprint import Fingerprint, Fingerprints, token_distribution
 from lorameta_rs.index import make_fingerprints
-from lorameta_rs.merge import Job, merge
+from lorameta_rs.merge import Job, Options, merge
 
 PAPER = Path(__file__).parent / "golden" / "paper"
 VOCAB = 512
@@ -170,7 +170,7 @@ def test_predicted_adapters(folder, tmp_path, key):
     """C X for all twelve in one pass, and the files of the authors where we have them."""
     bank = Bank(folder)
     outs = [tmp_path / name for name in bank.names]
-    merge(bank, [Job(*job) for job in zip(STORED[key], outs, strict=True)])
+    merge(bank, [Job(*job) for job in zip(STORED[key], outs, strict=True)], Options(method="soup"))
     adapters = load_file(PAPER / "all_adapters_matrix.safetensors")["all_adapters"]
     merged = [load_file(out / "adapter_model.safetensors") for out in outs]
     flat = np.array([np.concatenate([one[name].ravel() for name in sorted(one)]) for one in merged])

@@ -36,7 +36,7 @@ def dataset(tmp_path):
 
 def test_of_a_dataset(folder, dataset, tmp_path):
     hash_adapters(Bank(folder))
-    options = Options(dtype="bfloat16", threads=1, memory=8 << 20)
+    options = Options(method="soup", dtype="bfloat16", threads=1, memory=8 << 20)
     settings = Settings(metric="cosine", temperature=0.3, top_k=2)
     found = generate(folder, dataset, tmp_path / "out", settings=settings, options=options)
     record = json.loads((tmp_path / "out" / "lorameta.json").read_text(encoding="utf-8"))
@@ -47,6 +47,11 @@ def test_of_a_dataset(folder, dataset, tmp_path):
         "base_model": "base",
         "dtype": "bfloat16",
         "allow_nan": False,
+        "rank": None,
+        "energy": None,
+        "normalize": "none",
+        "seed": 0,
+        "memory": 8 << 20,
         "metric": "cosine",
         "pipeline": "normalized",
         "temperature": 0.3,
@@ -75,7 +80,7 @@ def test_of_a_dataset(folder, dataset, tmp_path):
 
 def test_of_weights(folder, tmp_path):
     row = np.array([0.1 + 0.2, 0.0, -1 / 3])
-    Bank(folder).merge(row, tmp_path / "out", allow_nan=True)
+    Bank(folder).merge(row, tmp_path / "out", allow_nan=True, method="soup")
     record = Provenance.load(tmp_path / "out" / "lorameta.json")
     assert (record.target, record.relevance) == (None, None)
     assert record.settings == {
@@ -83,6 +88,11 @@ def test_of_weights(folder, tmp_path):
         "base_model": "base",
         "dtype": "float32",
         "allow_nan": True,
+        "rank": None,
+        "energy": None,
+        "normalize": "none",
+        "seed": 0,
+        "memory": 64 << 20,
     }
     assert record.coefficients == {"a": row[0], "c": row[2]}
     assert all(member["distance"] is None for member in record.members)
@@ -93,10 +103,10 @@ def test_of_weights(folder, tmp_path):
 
 def test_hashes_that_nobody_made(make_bank, tmp_path):
     bank = Bank(make_bank().folder)
-    bank.merge(np.ones(3), tmp_path / "out")
+    bank.merge(np.ones(3), tmp_path / "out", method="soup")
     members = Provenance.load(tmp_path / "out" / "lorameta.json").members
     assert [member["sha256"] for member in members] == [None] * 3
-    bank.merge(np.ones(3), tmp_path / "verified", verify=True)
+    bank.merge(np.ones(3), tmp_path / "verified", verify=True, method="soup")
     for member in Provenance.load(tmp_path / "verified" / "lorameta.json").members:
         weights = bank.folder / member["name"] / "adapter_model.safetensors"
         assert member["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
@@ -104,11 +114,11 @@ def test_hashes_that_nobody_made(make_bank, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_it_is_enough_to_make_the_adapter_again(folder, dataset, tmp_path, dtype):
-    generate(folder, dataset, tmp_path / "out", options=Options(dtype=dtype))
+    generate(folder, dataset, tmp_path / "out", options=Options(method="soup", dtype=dtype))
     record = Provenance.load(tmp_path / "out" / "lorameta.json")
     bank = Bank(record.settings["bank"], base_model=record.settings["base_model"])
     row = [record.coefficients.get(name, 0.0) for name in bank.names]
-    bank.merge(row, tmp_path / "again", dtype=record.settings["dtype"], threads=1)
+    bank.merge(row, tmp_path / "again", dtype=record.settings["dtype"], threads=1, method="soup")
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
@@ -119,7 +129,7 @@ def test_done_again_it_says_the_same(folder, dataset, tmp_path):
     # So small that nobody may give it as a weight; as a record of what was done it is right.
     record.members[-1]["coefficient"] = 1e-50
     bank = Bank(folder)
-    merge(bank, [RepeatedJob.of(record, bank, tmp_path / "again")], Options())
+    merge(bank, [RepeatedJob.of(record, bank, tmp_path / "again")], Options(method="soup"))
     assert Provenance.load(tmp_path / "again" / "lorameta.json") == record
     card = (tmp_path / "again" / "README.md").read_text(encoding="utf-8")
     assert "by how" not in card
@@ -130,7 +140,7 @@ def test_done_again_the_least_that_is_a_record_is_completed(folder, tmp_path):
     (tmp_path / "lorameta.json").write_text(json.dumps(RECORD))
     record = Provenance.load(tmp_path / "lorameta.json")
     bank = Bank(folder)
-    merge(bank, [RepeatedJob.of(record, bank, tmp_path / "again")], Options())
+    merge(bank, [RepeatedJob.of(record, bank, tmp_path / "again")], Options(method="soup"))
     found = Provenance.load(tmp_path / "again" / "lorameta.json")
     assert found.version == version("lorameta-rs")
     assert found.settings["bank"] == str(folder)

@@ -138,7 +138,7 @@ def test_generate(written, tmp_path):
         tmp_path / "new.txt",
         out,
         settings=Settings(top_k=3),
-        options=Options(dtype="float16"),
+        options=Options(method="soup", dtype="float16"),
         progress=lambda *now: told.append(now),
     )
     assert np.count_nonzero(found.coefficients) == 3

@@ -233,7 +233,12 @@ def test_what_progress_raises_stops_the_merge(large_bank, tmp_path):
 
     bank = Bank(large_bank)
     with pytest.raises(StopError):
-        merge(bank, [Job(np.ones(len(bank)), tmp_path / "out")], Options(threads=2), stop)
+        merge(
+            bank,
+            [Job(np.ones(len(bank)), tmp_path / "out")],
+            Options(method="soup", threads=2),
+            stop,
+        )
     assert tree(tmp_path) == {}
 
 
@@ -253,7 +258,7 @@ def interrupt():
 bank = Bank(sys.argv[1])
 threading.Thread(target=interrupt).start()
 job = Job(np.ones(len(bank)), Path(sys.argv[2]))
-merge(bank, [job], Options(threads=1), lambda done, total: begun.set())
+merge(bank, [job], Options(method="soup", threads=1), lambda done, total: begun.set())
 """
 
 

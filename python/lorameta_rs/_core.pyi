@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import final
 
 from lorameta_rs.errors import LoraMetaError
+from lorameta_rs.merge import Options
 
 @final
 class Adapter:
@@ -65,28 +66,45 @@ class Plan:
     @property
     def threads(self) -> int: ...
 
+@final
+class Outcome:
+    """What became of one target.
+
+    `rank` is None where the method keeps the members'. `kept` has for each module its name, the
+    squared norm of the exact sum, that of what was kept, and whether the first is exact.
+    """
+
+    @property
+    def rank(self) -> int | None: ...
+    @property
+    def kept(self) -> list[tuple[str, float, float, bool]]: ...
+
 def open_adapters(paths: Sequence[str | PathLike[str]]) -> list[Adapter | LoraMetaError]: ...
 def first_match(patterns: Sequence[str], names: Sequence[str]) -> list[int | None]: ...
 def scan(adapter: Adapter) -> list[tuple[str, str]]: ...
-def plan_soup(
+def plan(
     adapters: Sequence[Adapter],
-    coefficients: Sequence[Sequence[float]],
-    *,
-    strengths: Sequence[Sequence[float]] | None = None,
-    threads: int = 0,
-    memory: int,
-    io: str = "read",
+    coefficients: Sequence[Sequence[Sequence[float]]],
+    strengths: Sequence[Sequence[float]] | None,
+    settings: Options,
 ) -> Plan: ...
-def soup(
+def combine(
     adapters: Sequence[Adapter],
-    coefficients: Sequence[Sequence[float]],
+    coefficients: Sequence[Sequence[Sequence[float]]],
+    strengths: Sequence[Sequence[float]] | None,
     outputs: Sequence[str | PathLike[str]],
-    *,
-    strengths: Sequence[Sequence[float]] | None = None,
-    dtype: str = "float32",
-    threads: int = 0,
-    memory: int,
-    io: str = "read",
-    allow_nan: bool = False,
+    settings: Options,
     progress: Callable[[int, int], object] | None = None,
-) -> Plan: ...
+) -> tuple[Plan, list[Outcome]]: ...
+def soup_errors(
+    adapters: Sequence[Adapter],
+    coefficients: Sequence[Sequence[Sequence[float]]],
+    strengths: Sequence[Sequence[float]] | None,
+    settings: Options,
+) -> list[float]: ...
+def norms(
+    adapters: Sequence[Adapter],
+    settings: Options,
+    progress: Callable[[int, int], object] | None = None,
+) -> list[list[float]]: ...
+def cosines(adapters: Sequence[Adapter], module: str, settings: Options) -> list[list[float]]: ...

@@ -225,12 +225,12 @@ class Bank:
         return rank(self, target, Settings(**settings))
 
     def merge(self, coefficients: Floats, out: str | os.PathLike[str], **options: Any) -> Path:
-        """Write the adapter Σ c_i (adapter i), the factors summed apart, as a PEFT folder.
+        """Write the adapter Σ c_i (adapter i) as a PEFT folder.
 
         Args:
             coefficients: One number a member [n], in the order of `names`.
             out: The folder to be made.
-            options: The fields of `merge.Options`: `dtype`, `threads`, `memory`, `force`, ….
+            options: The fields of `merge.Options`: `method`, `rank`, `dtype`, `memory`, `force`, ….
 
         Returns:
             The path of the folder.
@@ -240,11 +240,7 @@ class Bank:
         """
         from lorameta_rs.merge import Job, Options, merge
 
-        chosen = Options(**options)
-        for name in ("threads", "memory"):
-            if (value := getattr(chosen, name)) < 0:
-                raise InvalidSetting(f"{name} {value}: expected 0 or more")
-        merge(self, [Job(coefficients, Path(out))], chosen)
+        merge(self, [Job(coefficients, Path(out))], Options(**options))
         return Path(out)
 
     def _is_generated(self, folder: Path) -> bool:

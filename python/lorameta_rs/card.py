@@ -6,6 +6,8 @@ import json
 import shlex
 from typing import TYPE_CHECKING
 
+from lorameta_rs.provenance import size
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -56,12 +58,14 @@ def _summary(record: Provenance) -> str:
 
 
 def _table(record: Provenance) -> list[str]:
-    largest = sorted(record.members, key=lambda member: -abs(member["coefficient"]))
+    largest = sorted(record.members, key=lambda member: -abs(size(member["coefficient"])))
     lines = ["| adapter | distance | coefficient |", "| --- | --- | --- |"]
     for member in largest[:_SHOWN]:
         distance = "" if member["distance"] is None else f"{member['distance']:.4f}"
         name = member["name"].replace("|", "\\|")
-        lines.append(f"| {name} | {distance} | {member['coefficient']:.4f} |")
+        lines.append(f"| {name} | {distance} | {size(member['coefficient']):.4f} |")
+    if record.modules:
+        lines += ["", "Coefficients differ from module to module; these are their means."]
     if len(largest) > _SHOWN:
         lines += ["", f"… and {len(largest) - _SHOWN} more with smaller coefficients."]
     return lines

@@ -176,13 +176,14 @@ def select(
     return kept / total
 
 
-def explicit(names: Sequence[str], weights: Mapping[str, float]) -> Floats:
+def explicit(names: Sequence[str], weights: Mapping[str, float], all_zero: bool = False) -> Floats:
     """A user's own weights, in the order of the bank; 0 for members without one.
 
     Args:
         names: The members' names [n].
         weights: Finite numbers by name, taken as they are: of any sign, and of any sum, and
             within the range of float32, in which adapters are added up.
+        all_zero: Let all be zero, as they may be in one module of several.
 
     Returns:
         float64 [n].
@@ -210,7 +211,7 @@ def explicit(names: Sequence[str], weights: Mapping[str, float]) -> Floats:
                 f"weight of `{name}`: {weight} is out of the range of float32, in which adapters "
                 "are added up; expected 0, or a size from 1.4e-45 to 3.4e+38"
             )
-    if not any(weights.values()):
+    if not any(weights.values()) and not all_zero:
         raise InvalidSetting("weights: expected at least one that is not 0")
     return np.array([weights.get(name, 0.0) for name in names], dtype=np.float64)
 

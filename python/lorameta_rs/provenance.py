@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lorameta_rs import files
 from lorameta_rs.errors import InvalidSetting
 from lorameta_rs.relevance import effective_number
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 
 FILE_NAME = "lorameta.json"
 FORMAT = 1
+
+OF_RESULT = ("dtype", "allow_nan", "rank", "energy", "normalize", "seed", "memory")
+"""The options beside the method that a result depends on."""
 
 _LARGEST = 64 << 20
 
@@ -51,16 +56,19 @@ class Provenance:
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=2, ensure_ascii=False) + "\n"
 
     @property
-    def coefficients(self) -> dict[str, float]:
-        """Each member's coefficient, by name."""
+    def coefficients(self) -> dict[str, float | list[float]]:
+        """Each member's coefficient, by name; or one for each of `modules`."""
         return {member["name"]: member["coefficient"] for member in self.members}
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The patterns of modules that have coefficients of their own."""
+        return tuple(self.settings.get("modules", ()))
 
     @property
     def effective_number(self) -> float:
         """How many members, in equal parts, would be as spread out."""
-        import numpy as np
-
-        return effective_number(np.array(list(self.coefficients.values())))
+        return effective_number(np.array([size(c) for c in self.coefficients.values()]))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Provenance:
@@ -84,6 +92,13 @@ class Provenance:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InvalidSetting(f"`{path}`: not a {FILE_NAME}: {error!r}") from error
         return record
+
+
+def size(coefficient: float | list[float]) -> float:
+    """A coefficient as one number: the mean over modules, without signs."""
+    if isinstance(coefficient, float):
+        return coefficient
+    return sum(map(abs, coefficient)) / len(coefficient)
 
 
 def _check(record: Provenance) -> None:
@@ -121,6 +136,10 @@ def _check(record: Provenance) -> None:
         match member:
             case {"name": str(), "sha256": str() | None, "coefficient": int() | float() as given}:
                 member["coefficient"] = float(given)
+            case {"name": str(), "sha256": str() | None, "coefficient": [*several]} if (
+                len(several) == len(record.modules) > 0
+            ):
+                member["coefficient"] = [float(one) for one in several]
             case _:
                 raise ValueError("a member lacks its name, sha256 or coefficient")
         if not isinstance(member.get("distance"), int | float | None):
@@ -160,9 +179,10 @@ def provenance(
     settings: dict[str, Any] = {
         "bank": str(bank.folder.absolute()),
         "base_model": bank.base_model,
-        "dtype": options.dtype,
-        "allow_nan": options.allow_nan,
+        **{name: getattr(options, name) for name in OF_RESULT},
     }
+    if job.modules:
+        settings["modules"] = list(job.modules)
     if isinstance(job, RepeatedJob):
         return _again(job.record, settings, bank, hashes)
     target = None
@@ -177,7 +197,8 @@ def provenance(
         }
     members = []
     for i, member in enumerate(bank.members):
-        if job.coefficients[i] == 0:
+        own = np.asarray(job.coefficients[i], dtype=np.float64)
+        if not own.any():
             continue
         similarity = None if ranking is None else ranking.similarity
         members.append(
@@ -187,7 +208,7 @@ def provenance(
                 "sha256": hashes.get(member.name),
                 "distance": None if ranking is None else float(ranking.distances[i]),
                 "similarity": None if similarity is None else float(similarity[i]),
-                "coefficient": float(job.coefficients[i]),
+                "coefficient": own.tolist(),
             }
         )
     return Provenance(

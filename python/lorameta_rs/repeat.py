@@ -28,5 +28,6 @@ class RepeatedJob(Job):
         """The job that makes a record's adapter, from a bank that has its members."""
         recorded = record.coefficients
         # Taken as they are: what a pipeline gives may be smaller than any weight that is given.
-        row = np.array([recorded.get(name, 0.0) for name in bank.names], dtype=np.float64)
-        return cls(coefficients=row, out=out, record=record)
+        nothing = [0.0] * len(record.modules) or 0.0
+        row = np.array([recorded.get(name, nothing) for name in bank.names], dtype=np.float64)
+        return cls(coefficients=row, out=out, record=record, modules=record.modules)

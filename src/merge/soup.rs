@@ -1,86 +1,41 @@
 //! `soup`: Σ c_i A_i and Σ c_i s_i B_i, the factors summed apart, for any number of targets in one
 //! pass over the adapters.
 
-use std::{
-    ops::Range,
-    path::PathBuf,
-    sync::atomic::{AtomicUsize, Ordering::Relaxed},
-};
-
-use rayon::ThreadPoolBuilder;
+use std::{ops::Range, path::PathBuf};
 
 use crate::{
     Dtype, Io,
     adapter::Adapter,
     bank::{Bank, Holder, Slot},
     blocks::{Options, Piece, Plan, REUSED, Run, STRIP, joined},
-    error::{At, Error, Result},
+    error::{At, Error, Result, not_finite},
+    joint::each_on_threads,
     kernels::{Kernel, widest},
     layout::Factor,
     source::Source,
+    terms::Terms,
     watch::Watch,
     writer::Writer,
 };
 
 /// Weighted sums of the factors of adapters.
 pub struct Soup<'a> {
-    /// The adapters that any target has a coefficient for; no other is ever read.
+    terms: &'a Terms<'a>,
     bank: Bank<'a>,
-    /// One row a target, one number an adapter of `bank`.
-    coefficients: Vec<Vec<f64>>,
-    /// For each adapter of `bank` and each module of its layout, what B is multiplied with.
-    strengths: Option<Vec<&'a [f64]>>,
     options: Options,
     plan: Plan,
 }
 
 impl<'a> Soup<'a> {
-    /// Prepare the sums of `adapters`, one for each row of `coefficients`, which has a number for
-    /// each adapter. `strengths`, where given, has for each adapter and each module of its layout
-    /// what its B is multiplied with beside the coefficient.
+    /// Prepare the sums of A by the coefficients of `terms`, and of B by coefficients and
+    /// strengths.
     ///
     /// # Errors
-    /// No coefficient is other than zero, or not every one is finite; the adapters differ in
-    /// shape; the memory budget is too small.
-    pub fn new(
-        adapters: &'a [Adapter],
-        coefficients: &[Vec<f64>],
-        strengths: Option<&'a [Vec<f64>]>,
-        options: Options,
-    ) -> Result<Self> {
-        let fault = |what: &str| Err(Error::Setting(what.to_owned()));
-        if coefficients.is_empty() || coefficients.iter().any(|row| row.len() != adapters.len()) {
-            return fault("expected a coefficient for each adapter and target");
-        }
-        let most = f64::from(f32::MAX);
-        if !coefficients.iter().flatten().all(|c| c.abs() <= most) {
-            return fault("a coefficient is not a finite number of float32");
-        }
-        if coefficients.iter().any(|row| row.iter().all(|&c| c == 0.0)) {
-            return fault("all coefficients of a target are zero");
-        }
-        let chosen: Vec<usize> =
-            (0..adapters.len()).filter(|&i| coefficients.iter().any(|row| row[i] != 0.0)).collect();
-        let strengths = match strengths {
-            None => None,
-            Some(all) => {
-                let fits = |i: &usize| {
-                    all.get(*i).is_some_and(|s| {
-                        s.len() == adapters[*i].layout.modules.len()
-                            && s.iter().all(|s| s.is_finite())
-                    })
-                };
-                if !chosen.iter().all(fits) {
-                    return fault("expected a finite strength for each adapter and module");
-                }
-                Some(chosen.iter().map(|&i| &all[i][..]).collect())
-            }
-        };
-        let bank = Bank::new(chosen.iter().map(|&i| &adapters[i]).collect())?;
-        let coefficients: Vec<Vec<f64>> =
-            coefficients.iter().map(|row| chosen.iter().map(|&i| row[i]).collect()).collect();
-        let plan = Plan::new(&bank, coefficients.len(), &options)?;
-        Ok(Self { bank, coefficients, strengths, options, plan })
+    /// The adapters differ in shape; the memory budget is too small.
+    pub fn new(terms: &'a Terms<'a>, options: Options) -> Result<Self> {
+        let bank = Bank::new(terms.adapters.clone())?;
+        let plan = Plan::new(&bank, terms.targets(), &options)?;
+        Ok(Self { terms, bank, options, plan })
     }
 
     /// What the job will read and take.
@@ -95,7 +50,7 @@ impl<'a> Soup<'a> {
     /// A file cannot be read or written, or changed meanwhile; a tensor or a sum is not finite;
     /// `watch` said to stop.
     pub fn write(&self, outputs: &[PathBuf], dtype: Dtype, watch: &Watch) -> Result<()> {
-        if outputs.len() != self.coefficients.len() {
+        if outputs.len() != self.terms.targets() {
             return Err(Error::Setting("expected an output for each target".to_owned()));
         }
         let open =
@@ -113,38 +68,24 @@ impl<'a> Soup<'a> {
             .iter()
             .map(|path| Writer::create(path, dtype, tensors.clone()))
             .collect::<Result<Vec<_>>>()?;
-        let pool = ThreadPoolBuilder::new()
-            .num_threads(self.plan.threads)
-            .build()
-            .map_err(|error| Error::Setting(error.to_string()))?;
-        let next = AtomicUsize::new(0);
-        let work = || {
-            let mut worker = Worker::new(self, &sources, watch);
-            while let Some(block) = self.plan.block(next.fetch_add(1, Relaxed)) {
-                let done = worker.write(block, &writers, dtype);
-                if done.is_err() {
-                    watch.stop(); // the other threads need not finish theirs
-                    return done;
-                }
-            }
-            Ok(())
-        };
-        let results = pool.broadcast(|_| work());
-        // The fault itself comes before the `Stopped` of the threads that it stopped.
-        let (stopped, done): (Vec<_>, Vec<_>) =
-            results.into_iter().partition(|result| matches!(result, Err(Error::Stopped)));
-        done.into_iter().chain(stopped).collect::<Result<()>>()?;
+        each_on_threads(
+            self.plan.blocks(),
+            self.plan.threads,
+            watch,
+            || Worker::new(self, &sources, watch),
+            |worker, index| worker.write(self.plan.block(index), &writers, dtype),
+        )?;
         self.bank.adapters.iter().try_for_each(|adapter| adapter.still_unchanged())?;
         writers.into_iter().try_for_each(Writer::finish)
     }
 
     /// The factor by which a target's sum takes a holder's tensor.
     fn weight(&self, target: usize, slot: &Slot, holder: Holder) -> f32 {
-        let strength = match (&self.strengths, slot.factor) {
-            (Some(strengths), Factor::B) => strengths[holder.adapter][holder.module],
-            _ => 1.0,
+        let strength = match slot.factor {
+            Factor::A => 1.0,
+            Factor::B => self.terms.strength(holder.adapter, holder.module),
         };
-        (self.coefficients[target][holder.adapter] * strength) as f32
+        (self.terms.coefficient(target, holder.adapter, holder.module) * strength) as f32
     }
 
     /// The bytes of a piece within the file of one of its holders.
@@ -204,7 +145,7 @@ impl<'a> Worker<'a> {
         if allow_nan && targets > 1 && !self.sums.iter().all(|sum| sum.is_finite()) {
             // 0 · NaN is NaN: a target must not take NaN from an adapter that is not its own.
             for (target, writer) in writers.iter().enumerate() {
-                let own = |i: &usize| self.soup.coefficients[target][*i] != 0.0;
+                let own = |i: &usize| !self.soup.terms.is_without(target, *i);
                 let own: Vec<_> = everyone.clone().filter(own).map(|i| i..i + 1).collect();
                 self.sum(block, target..target + 1, &own)?;
                 write_block(block, &self.sums, writer)?;
@@ -343,7 +284,7 @@ impl<'a> Worker<'a> {
                     return Error::NotFinite {
                         path: adapter.path.clone(),
                         tensor: tensor.name.clone(),
-                        value: name(*number),
+                        value: not_finite(*number),
                     };
                 }
             }
@@ -401,16 +342,6 @@ fn ready<'b>(
     let free = &mut free[..strip.len()];
     (kernel.widen)(*dtype, bytes, free);
     bytemuck::cast_slice(free)
-}
-
-fn name(number: f32) -> &'static str {
-    if number.is_nan() {
-        "NaN"
-    } else if number > 0.0 {
-        "Inf"
-    } else {
-        "-Inf"
-    }
 }
 
 #[cfg(test)]
@@ -471,13 +402,20 @@ mod tests {
             let outputs: Vec<PathBuf> = (0..coefficients.len())
                 .map(|k| self.folder.path().join(format!("out{k}")))
                 .collect();
-            Soup::new(&self.adapters, coefficients, strengths, options)?.write(
-                &outputs,
-                Dtype::F32,
-                &Watch::default(),
-            )?;
+            let terms = terms(&self.adapters, coefficients, strengths)?;
+            Soup::new(&terms, options)?.write(&outputs, Dtype::F32, &Watch::default())?;
             Ok(outputs.iter().map(read).collect())
         }
+    }
+
+    fn terms<'a>(
+        adapters: &'a [Adapter],
+        coefficients: &[Vec<f64>],
+        strengths: Option<&[Vec<f64>]>,
+    ) -> Result<Terms<'a>> {
+        let one_each = |row: &Vec<f64>| row.iter().map(|&c| vec![c]).collect();
+        let coefficients: Vec<_> = coefficients.iter().map(one_each).collect();
+        Terms::new(adapters, &coefficients, strengths)
     }
 
     fn specs() -> Vec<Spec> {
@@ -534,13 +472,8 @@ mod tests {
         std::fs::remove_file(&case.adapters[3].path).unwrap();
         let mut coefficients = vec![0.0; 11];
         coefficients[5] = 1.0;
-        let soup = Soup::new(
-            &case.adapters,
-            std::slice::from_ref(&coefficients),
-            None,
-            Options::default(),
-        )
-        .unwrap();
+        let terms = terms(&case.adapters, std::slice::from_ref(&coefficients), None).unwrap();
+        let soup = Soup::new(&terms, Options::default()).unwrap();
         assert_eq!(soup.plan().bytes, 2 * (2 * 1501 + 997 * 2) * 2);
         let got = case.run(&[coefficients], None, Options::default()).unwrap();
         let same = rounded(specs[5].numbers(0)[7], specs[5].dtype);
@@ -575,29 +508,13 @@ mod tests {
     #[test]
     fn a_stopped_job_leaves_nothing() {
         let case = Case::new(&specs());
-        let soup = Soup::new(&case.adapters, &[vec![0.1; 11]], None, Options::default()).unwrap();
+        let terms = terms(&case.adapters, &[vec![0.1; 11]], None).unwrap();
+        let soup = Soup::new(&terms, Options::default()).unwrap();
         let watch = Watch::default();
         watch.stop();
         let out = case.folder.path().join("out");
         let error = soup.write(std::slice::from_ref(&out), Dtype::F32, &watch).unwrap_err();
         assert!(matches!(error, Error::Stopped));
         assert_eq!(std::fs::read_dir(case.folder.path()).unwrap().count(), 11);
-    }
-
-    #[test]
-    fn settings_that_cannot_be_are_refused() {
-        let case = Case::new(&[Spec::default(), Spec::default()]);
-        let short: &[Vec<f64>] = &[vec![1.0], vec![1.0]];
-        for (coefficients, strengths) in [
-            (vec![], None),
-            (vec![vec![1.0]], None),
-            (vec![vec![0.0, 0.0]], None),
-            (vec![vec![1.0, f64::NAN]], None),
-            (vec![vec![1.0, 1e39]], None),
-            (vec![vec![1.0, 1.0]], Some(short)),
-        ] {
-            let error = case.run(&coefficients, strengths, Options::default()).unwrap_err();
-            assert!(matches!(error, Error::Setting(_)), "{error}");
-        }
     }
 }

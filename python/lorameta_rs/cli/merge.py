@@ -13,13 +13,14 @@ from lorameta_rs.cli.rank import HEADERS, described, fingerprinted, rows, say_re
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lorameta_rs._core import Plan
+    from lorameta_rs._core import Outcome
     from lorameta_rs.bank import Bank
-    from lorameta_rs.merge import Job, Options
+    from lorameta_rs.merge import Job, Merged, Options
     from lorameta_rs.provenance import Provenance
 
 _SHOWN = 8
-_OF_RESULT = ("method", "dtype", "allow_nan")
+_SERVED = 16
+_OF_RESULT = ("method", "rank", "energy", "normalize", "seed", "dtype", "allow_nan", "memory")
 _LARGEST_WEIGHTS = 16 << 20
 
 
@@ -52,8 +53,20 @@ _LARGEST_WEIGHTS = 16 << 20
     type=click.Choice(options.METHODS),
     default=options.METHODS[0],
     show_default=True,
-    help="How adapters are combined.",
+    help="How adapters are combined: `soup` sums A and B apart, `svd` and `cat` their products.",
 )
+@click.option("--rank", type=click.IntRange(1), help="The rank of `svd`'s result.  [default: 16]")
+@click.option(
+    "--energy", type=float, metavar="SHARE", help="Or the share of ‖ΔW‖² that it is to keep."
+)
+@click.option(
+    "--normalize",
+    type=click.Choice(options.NORMALIZATIONS),
+    default=options.NORMALIZATIONS[0],
+    show_default=True,
+    help="`unit` brings each ΔW to norm one, and the sum to the mean of the norms.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of what is random.")
 @click.option(
     "--dtype",
     type=click.Choice(options.DTYPES),
@@ -124,8 +137,7 @@ def merge(
         with console.progress("merging") as update:
             done = merge(opened, jobs, run, update)
     if as_json:
-        plan_of = {name: getattr(done, name) for name in ("bytes", "memory", "threads")}
-        console.data({"jobs": [_described(opened, job) for job in jobs], "plan": plan_of})
+        console.data(_as_data(opened, jobs, done))
     else:
         _say_done(jobs, done, dry_run)
 
@@ -140,7 +152,7 @@ def _refuse(context: click.Context, names: Sequence[str], beside: str) -> None:
 def _options(arguments: dict[str, Any]) -> Options:
     from lorameta_rs.merge import Options
 
-    names = ("method", "dtype", "threads", "io", "allow_nan", "verify", "force")
+    names = (*_OF_RESULT[:-1], "threads", "io", "verify", "force")
     chosen = {name: arguments[name] for name in names}
     return Options(memory=arguments["memory"] << 20, **chosen)
 
@@ -182,14 +194,22 @@ def _weighted(
     bank: Path, weights: Sequence[str], out: Path, arguments: dict[str, Any]
 ) -> tuple[Bank, list[Job]]:
     """A job with the user's own coefficients."""
+    import numpy as np
+
     from lorameta_rs.coefficients import explicit
     from lorameta_rs.merge import Job
 
-    given = _read_weights(weights)
+    given, modules = _read_weights(weights)
     opened = options.bank_from(bank, arguments)
     opened.require(given)
     console.report(opened)
-    return opened, [Job(explicit(opened.names, given), out)]
+    if not modules:
+        return opened, [Job(explicit(opened.names, {n: c for n, (c,) in given.items()}), out)]
+    columns = [
+        explicit(opened.names, {name: row[i] for name, row in given.items()}, all_zero=True)
+        for i in range(len(modules))
+    ]
+    return opened, [Job(np.stack(columns, axis=1), out, modules=modules)]
 
 
 def _repeated(
@@ -200,7 +220,7 @@ def _repeated(
 
     from lorameta_rs.bank import ANY_BASE
     from lorameta_rs.errors import InvalidBank
-    from lorameta_rs.provenance import Provenance
+    from lorameta_rs.provenance import OF_RESULT, Provenance
     from lorameta_rs.repeat import RepeatedJob
 
     record = Provenance.load(path)
@@ -214,9 +234,10 @@ def _repeated(
             raise InvalidBank(f"`{folder}` has no member `{name}`, which `{path}` records")
     console.report(opened)
     _same_files(opened, record, path)
-    run = replace(_options(arguments), **{name: settings[name] for name in _OF_RESULT[1:]})
+    # What an earlier version did not record had its default then.
+    recorded = {name: settings[name] for name in OF_RESULT if name in settings}
     job = RepeatedJob.of(record, opened, out)
-    return opened, [job], replace(run, method=record.method)
+    return opened, [job], replace(_options(arguments), **recorded, method=record.method)
 
 
 def _same_files(bank: Bank, record: Provenance, path: Path) -> None:
@@ -246,36 +267,58 @@ def _same_files(bank: Bank, record: Provenance, path: Path) -> None:
         )
 
 
-def _read_weights(given: Sequence[str]) -> dict[str, float]:
-    """Names and numbers, from `NAME=0.3` or JSON files."""
+def _read_weights(given: Sequence[str]) -> tuple[dict[str, list[float]], tuple[str, ...]]:
+    """Each name's numbers, and the modules that they are for: one number for all if there are none.
+
+    From `NAME=0.3`, a JSON file `{"name": 0.3}`, or one with a number for each of several modules:
+    `{"modules": ["0", "1", ".*q_proj"], "weights": {"name": [0.3, 0.1, 1.0]}}`.
+    """
+    from lorameta_rs.errors import InvalidSetting
+
+    weights: dict[str, list[float]] = {}
+    modules: tuple[str, ...] = ()
+    for word in given:
+        name, equals, number = word.rpartition("=")
+        by_hand = equals and not Path(word).exists()
+        found: object = {name: _number(number)} if by_hand else _weights_file(word)
+        match found:
+            case {"modules": [*patterns], "weights": dict(rows)} if len(given) == 1 and all(
+                isinstance(pattern, str) for pattern in patterns
+            ):
+                modules, found = tuple(patterns), rows
+            case dict():
+                pass
+            case _:
+                raise InvalidSetting(f"`{word}`: expected an object of names and numbers")
+        for member, value in found.items():
+            row = value if modules and isinstance(value, list) else [value] * max(len(modules), 1)
+            if not all(isinstance(one, int | float) and not isinstance(one, bool) for one in row):
+                raise InvalidSetting(f"`{word}`: the weight of `{member}` is not a number")
+            if len(row) != max(len(modules), 1):
+                raise InvalidSetting(
+                    f"`{word}`: `{member}` has {len(row)} weights for {len(modules)} modules"
+                )
+            if member in weights:
+                raise InvalidSetting(f"`{word}`: the weight of `{member}` is given twice")
+            weights[member] = [float(one) for one in row]
+    return weights, modules
+
+
+def _weights_file(path: str) -> object:
     from lorameta_rs import files
     from lorameta_rs.errors import InvalidSetting
     from lorameta_rs.json_stream import Decoder
 
-    weights: dict[str, float] = {}
-    for word in given:
-        name, equals, number = word.rpartition("=")
-        if equals and not Path(word).exists():
-            found: object = {name: _number(number)}
-        else:
-            with files.reading(Path(word)) as file:
-                text = file.read(_LARGEST_WEIGHTS)
-            decoder = Decoder()
-            try:
-                found = decoder.decode(text.decode("utf-8-sig"))
-            except ValueError as error:
-                raise InvalidSetting(f"`{word}`: not JSON: {error}") from error
-            if decoder.repeated is not None:
-                raise InvalidSetting(f"`{word}`: `{decoder.repeated}` is there twice")
-        if not isinstance(found, dict):
-            raise InvalidSetting(f"`{word}`: expected an object of names and numbers")
-        for member, value in found.items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise InvalidSetting(f"`{word}`: the weight of `{member}` is not a number")
-            if member in weights:
-                raise InvalidSetting(f"`{word}`: the weight of `{member}` is given twice")
-            weights[member] = float(value)
-    return weights
+    with files.reading(Path(path)) as file:
+        text = file.read(_LARGEST_WEIGHTS)
+    decoder = Decoder()
+    try:
+        found = decoder.decode(text.decode("utf-8-sig"))
+    except ValueError as error:
+        raise InvalidSetting(f"`{path}`: not JSON: {error}") from error
+    if decoder.repeated is not None:
+        raise InvalidSetting(f"`{path}`: `{decoder.repeated}` is there twice")
+    return found
 
 
 def _number(text: str) -> float | str:
@@ -294,24 +337,70 @@ def _say_jobs(jobs: Sequence[Job]) -> None:
             say_relevance(job.ranking)
 
 
-def _say_done(jobs: Sequence[Job], done: Plan, dry_run: bool) -> None:
-    used = sum(1 for column in zip(*(job.coefficients for job in jobs), strict=True) if any(column))
-    read = f"{console.size(done.bytes)} of {console.number(used, 'adapter')}"
+def _say_done(jobs: Sequence[Job], done: Merged, dry_run: bool) -> None:
+    import numpy as np
+
+    used = np.any([np.any(np.atleast_2d(job.coefficients.T), axis=0) for job in jobs], axis=0)
+    plan = done.plan
+    read = f"{console.size(plan.bytes)} of {console.number(int(used.sum()), 'adapter')}"
     memory = (
-        f"{console.size(done.memory)} of buffers and mapped pages, "
-        f"{console.number(done.threads, 'thread')}"
+        f"{console.size(plan.memory)} of buffers and mapped pages, "
+        f"{console.number(plan.threads, 'thread')}"
     )
+    if done.soup_error is not None:
+        console.say(
+            f"method {done.method}: summing A and B apart would change ΔW by "
+            f"{100 * done.soup_error:.2g} %"
+        )
     if dry_run:
-        console.say(f"would read {read}, once, with {memory}; nothing was written")
+        console.say(f"would read {read} with {memory}; nothing was written")
         return
-    console.say(f"read {read}, with {memory}")
-    for job in jobs:
-        console.say(f"wrote {job.out}")
+    console.say(f"read {read} with {memory}")
+    for job, outcome in zip(jobs, done.outcomes, strict=True):
+        console.say(f"wrote {job.out}{_rank_of(outcome)}")
+        if outcome.rank is not None and outcome.rank > _SERVED:
+            console.warn(
+                f"rank {outcome.rank}: vLLM loads {_SERVED} unless started with --max-lora-rank"
+            )
+
+
+def _rank_of(outcome: Outcome) -> str:
+    """A result's rank and what it keeps of ΔW, where the method chose them."""
+    if outcome.rank is None:
+        return ""
+    total = sum(energy for _, energy, _, _ in outcome.kept)
+    if not total:
+        return f", rank {outcome.rank}"
+    shares = [(kept / energy, name) for name, energy, kept, _ in outcome.kept if energy]
+    least, where = min(shares)
+    about = "" if all(exact for *_, exact in outcome.kept) else "≈ "
+    kept = sum(kept for _, _, kept, _ in outcome.kept) / total
+    return (
+        f", rank {outcome.rank}, which keeps {about}{100 * kept:.1f} % of ‖ΔW‖² "
+        f"(least: {100 * least:.1f} % of {where})"
+    )
+
+
+def _as_data(bank: Bank, jobs: Sequence[Job], done: Merged) -> dict[str, Any]:
+    described = [_described(bank, job) for job in jobs]
+    for one, outcome in zip(described, done.outcomes, strict=False):
+        one["rank"] = outcome.rank
+        one["kept"] = [
+            {"module": name, "energy": energy, "kept": kept, "exact": exact}
+            for name, energy, kept, exact in outcome.kept
+        ]
+    plan = {name: getattr(done.plan, name) for name in ("bytes", "memory", "threads")}
+    chosen = {"method": done.method, "soup_error": done.soup_error}
+    return {"jobs": described, "plan": plan, **chosen}
 
 
 def _described(bank: Bank, job: Job) -> dict[str, Any]:
     if job.ranking is None:
         pairs = zip(bank.names, job.coefficients.tolist(), strict=True)
-        members = [{"name": name, "coefficient": c} for name, c in pairs if c != 0]
+        members = [
+            {"name": name, "coefficient": c}
+            for name, c in pairs
+            if (any(c) if isinstance(c, list) else c)
+        ]
         return {"out": str(job.out), "dataset": None, "members": members}
     return {"out": str(job.out), "dataset": str(job.dataset), **described(job.ranking)}

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 # would load numpy; a test compares them.
 METRICS = ("js", "kl", "wasserstein", "mmd", "cosine")
 PIPELINES = ("normalized", "attentional", "nearest", "uniform")
-METHODS = ("soup",)
+METHODS = ("auto", "soup", "svd", "cat")
+NORMALIZATIONS = ("none", "unit")
 DTYPES = ("float32", "float16", "bfloat16")
 
 PATH = click.Path(path_type=Path)

@@ -1,0 +1,205 @@
+"""What the core is to add up: members, their coefficients in each module, and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lorameta_rs import _core
+from lorameta_rs.errors import InvalidSetting, LayoutMismatch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lorameta_rs._metrics import Floats
+    from lorameta_rs.bank import Bank
+    from lorameta_rs.member import Member
+    from lorameta_rs.merge import Job, Options
+
+LARGEST_SOUP_ERROR = 0.01
+"""Relative, of ΔW: up to it `auto` sums the factors apart."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """The sums that the core makes in one pass, one for each job.
+
+    Attributes:
+        members: Those that any job uses.
+        coefficients: For each job and member one number, or one a module of the member.
+        strengths: For each member and module the scaling of ΔW that goes into the tensors; None if
+            `alpha` says it.
+        method: The method, chosen if it was `auto`.
+        soup_error: How far `soup` would be from the exact sum, at most of all jobs; None if that
+            was not asked.
+        rank: That of all members; None if they differ.
+        alpha: What the configuration says; None for the result's own rank.
+    """
+
+    members: list[Member]
+    coefficients: list[list[list[float]]]
+    strengths: list[list[float]] | None
+    method: str
+    soup_error: float | None
+    rank: int | None
+    alpha: float | None
+
+    @property
+    def adapters(self) -> list[_core.Adapter]:
+        """The members' files, opened."""
+        return [member.adapter for member in self.members]
+
+    @classmethod
+    def of(cls, bank: Bank, jobs: Sequence[Job], options: Options) -> Sums:
+        """What `jobs` ask for.
+
+        Raises:
+            InvalidSetting: Coefficients are not finite, all zero, or for another bank.
+            LayoutMismatch: `soup` was asked for, and the members differ in rank.
+        """
+        rows = [_checked(job, bank) for job in jobs]
+        used = np.flatnonzero(np.any([row.any(axis=1) for row in rows], axis=0))
+        members = [bank.members[i] for i in used]
+        coefficients = [
+            [_per_module(job, row[i], member) for i, member in zip(used, members, strict=True)]
+            for job, row in zip(jobs, rows, strict=True)
+        ]
+        scalings = [member.scalings for member in members]
+        method, error = _method(members, coefficients, scalings, options)
+        rank = _common_rank(members)
+        if options.normalize == "unit":
+            coefficients = _unit(members, coefficients, scalings, options)
+        if method != "soup":
+            return cls(members, coefficients, scalings, method, error, rank, None)
+        alpha, strengths = _scaling(members, _one_rank(members))
+        return cls(members, coefficients, strengths, method, error, rank, alpha)
+
+
+def _checked(job: Job, bank: Bank) -> Floats:
+    """A job's coefficients as [members, patterns]."""
+    row = np.asarray(job.coefficients, dtype=np.float64)
+    matrix = row[:, None] if row.ndim == 1 and not job.modules else row
+    if matrix.shape != (len(bank), max(len(job.modules), 1)):
+        raise InvalidSetting(f"{row.shape} coefficients for {len(bank)} members")
+    if not np.isfinite(matrix).all():
+        name = bank.names[int(np.flatnonzero(~np.isfinite(matrix).all(axis=1))[0])]
+        raise InvalidSetting(f"the coefficient of `{name}` is not a finite number")
+    if not matrix.any():
+        raise InvalidSetting("all coefficients are zero")
+    return matrix
+
+
+def _per_module(job: Job, row: Floats, member: Member) -> list[float]:
+    """A member's coefficient, or those of its modules; 0 for one that no pattern matches."""
+    if not job.modules:
+        return [float(row[0])]
+    names = [module.name for module in member.modules]
+    # A number is a layer: the part of a module's path that counts.
+    patterns = [rf"{key}\..*" if key.isdigit() else key for key in job.modules]
+    found = _core.first_match(patterns, names)
+    return [0.0 if match is None else float(row[match]) for match in found]
+
+
+def _method(
+    members: Sequence[Member],
+    coefficients: list[list[list[float]]],
+    scalings: list[list[float]],
+    options: Options,
+) -> tuple[str, float | None]:
+    """The method, and the error of `soup` where the choice depended on it."""
+    if options.method != "auto":
+        return options.method, None
+    fixed = options.rank is not None or options.energy is not None or options.normalize != "none"
+    if fixed or _common_rank(members) is None:
+        return "svd", None
+    adapters = [member.adapter for member in members]
+    error = max(_core.soup_errors(adapters, coefficients, scalings, options))
+    # Written so that NaN, which only `allow_nan` lets in, goes into the sum that can hold it.
+    return ("svd" if error > LARGEST_SOUP_ERROR else "soup"), error
+
+
+def _unit(
+    members: Sequence[Member],
+    coefficients: list[list[list[float]]],
+    scalings: list[list[float]],
+    options: Options,
+) -> list[list[list[float]]]:
+    """Coefficients that give each ΔW norm one, and each sum the weighted mean of the norms.
+
+    In module m: c_i / n_im · Σ_j |c_j| n_jm / Σ_j |c_j|, over the members that change m.
+    """
+    products = _core.norms([member.adapter for member in members], options)
+    norms = [
+        {
+            module.name: abs(s) * norm
+            for module, s, norm in zip(member.modules, own, row, strict=True)
+        }
+        for member, own, row in zip(members, scalings, products, strict=True)
+    ]
+
+    def of_job(rows: list[list[float]]) -> list[list[float]]:
+        full = [
+            row * len(member.modules) if len(row) == 1 else row
+            for row, member in zip(rows, members, strict=True)
+        ]
+        total: dict[str, float] = {}
+        weight: dict[str, float] = {}
+        for row, own in zip(full, norms, strict=True):
+            for c, (name, norm) in zip(row, own.items(), strict=True):
+                if norm > 0:
+                    total[name] = total.get(name, 0.0) + abs(c) * norm
+                    weight[name] = weight.get(name, 0.0) + abs(c)
+        return [
+            [
+                c / norm * (total[name] / weight[name]) if norm > 0 and c != 0 else 0.0
+                for c, (name, norm) in zip(row, own.items(), strict=True)
+            ]
+            for row, own in zip(full, norms, strict=True)
+        ]
+
+    return [of_job(rows) for rows in coefficients]
+
+
+def _common_rank(members: Sequence[Member]) -> int | None:
+    ranks = {rank for member in members for rank in member.ranks}
+    return ranks.pop() if len(ranks) == 1 else None
+
+
+def _one_rank(members: Sequence[Member]) -> int:
+    """The rank that all modules of all members have.
+
+    Raises:
+        LayoutMismatch: There are several.
+    """
+    if (rank := _common_rank(members)) is not None:
+        return rank
+    first = members[0]
+    for member in members:
+        if member.ranks != first.ranks or len(member.ranks) > 1:
+            break
+    mine, theirs = (", ".join(str(rank) for rank in sorted(one.ranks)) for one in (member, first))
+    raise LayoutMismatch(
+        f"`{member.folder}` has rank {mine}"
+        + (f", `{first.folder}` has rank {theirs}" if member is not first else "")
+        + ": `soup` adds factors entry by entry and needs one rank for all modules\n"
+        "`--method svd` and `--method cat` take any ranks"
+    )
+
+
+def _scaling(members: Sequence[Member], rank: int) -> tuple[float, list[list[float]] | None]:
+    """The alpha to be written, and what each member's B is multiplied with in each module.
+
+    One scaling everywhere: alpha stays, and nothing is multiplied. Otherwise each member's scaling
+    goes into its B, and alpha = r says that it is there. So it does where alpha would not mean the
+    same to every client: not an integer for rsLoRA's √r, or zero, which llama.cpp takes for none.
+    """
+    scalings = {scaling for member in members for scaling in member.scalings}
+    if len(scalings) == 1:
+        (scaling,) = scalings
+        plain = not any(member.config.use_rslora for member in members)
+        alpha = round(scaling * rank, 9)
+        if scaling > 0 and (plain or alpha.is_integer()):
+            return alpha, None
+    return float(rank), [member.scalings for member in members]

@@ -1,0 +1,251 @@
+//! `svd`: the best approximation of Σ c_i s_i B_i A_i of a given rank, without ever forming it.
+
+mod dense;
+mod sketch;
+mod stacked;
+#[cfg(test)]
+mod tests;
+
+use std::{path::PathBuf, sync::Mutex};
+
+use crate::{
+    Dtype,
+    blocks::{Options, Plan},
+    error::{Error, Result},
+    joint::{Joint, Reader, each_on_threads, joint_modules},
+    layout::Factor,
+    merge::cat::{create, put},
+    terms::Terms,
+    watch::Watch,
+    writer::Writer,
+};
+use sketch::Sketch;
+use stacked::Stacked;
+
+/// Up to this sum of ranks a module is decomposed exactly; `benches/svd.rs` shows that beyond it
+/// the core costs more than the passes of a sketch.
+const EXACT: usize = 512;
+
+/// Power iterations that bring the error of a sketch to within 2 % of the least possible: see
+/// `benches/svd.rs`.
+pub const ITERATIONS: u32 = 2;
+
+/// The largest rank that is looked for to keep a share of the energy of a sketched module.
+const WIDEST: usize = 128;
+
+/// The rank of the result.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Rank {
+    /// This one, or what there is if that is less.
+    Fixed(usize),
+    /// The smallest that keeps this share of the energy in every module.
+    Energy(f64),
+}
+
+/// What a rank keeps of a module's ΔW.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Kept {
+    /// The module's name.
+    pub module: String,
+    /// The squared Frobenius norm of Σ c_i s_i B_i A_i.
+    pub energy: f64,
+    /// That of its approximation.
+    pub kept: f64,
+    /// Whether `energy` is exact, and not an estimate from a sketch.
+    pub exact: bool,
+}
+
+/// A module's sum at a low rank.
+struct Low {
+    /// r × in, row by row.
+    a: Vec<f32>,
+    /// r × out: B transposed.
+    b: Vec<f32>,
+    /// All singular values that are known, largest first.
+    values: Vec<f64>,
+    /// The squared Frobenius norm of the whole sum.
+    energy: f64,
+}
+
+/// The approximation of sums of ΔW.
+pub struct Svd<'a> {
+    terms: &'a Terms<'a>,
+    joints: Vec<Joint>,
+    rank: Rank,
+    sketch: Sketch,
+    options: Options,
+    plan: Plan,
+    /// Up to which sum of ranks modules are decomposed exactly, in this budget.
+    exact: usize,
+}
+
+impl<'a> Svd<'a> {
+    /// Prepare the sums of `terms`. Modules whose ranks add up to more than can be decomposed
+    /// exactly are sketched: with random numbers from `seed`, and as many power iterations as
+    /// `iterations`.
+    ///
+    /// # Errors
+    /// The adapters' modules fit different base models; the rank cannot be; the memory budget is
+    /// too small.
+    pub fn new(
+        terms: &'a Terms<'a>,
+        rank: Rank,
+        seed: u64,
+        iterations: u32,
+        options: Options,
+    ) -> Result<Self> {
+        let widest = match rank {
+            Rank::Fixed(0) => return Err(Error::Setting("rank is 0, expected 1 or more".into())),
+            Rank::Fixed(rank) => rank,
+            Rank::Energy(share) if share > 0.0 && share <= 1.0 => WIDEST,
+            Rank::Energy(share) => {
+                let text = format!("energy is {share}, expected a share in (0, 1]");
+                return Err(Error::Setting(text));
+            }
+        };
+        let joints = joint_modules(&terms.adapters)?;
+        let targets = terms.targets();
+        let sketch = Sketch { rank: widest, seed, iterations };
+        let exact_need = |joint: &Joint| Stacked::need(joint, widest, targets);
+        let sketch_need = |joint: &Joint| sketch.need(joint, targets);
+        let mut exact = EXACT;
+        let need = |exact: usize| {
+            let one =
+                |joint| if is_exact(joint, exact) { exact_need(joint) } else { sketch_need(joint) };
+            joints.iter().map(one).max().unwrap_or(0)
+        };
+        // A sketch takes less; without room for the largest core, all that are as large are sketched.
+        if need(exact) > options.memory {
+            let fits = joints.iter().filter(|joint| exact_need(joint) > options.memory);
+            exact = fits.map(Joint::ranks).min().map_or(exact, |ranks| ranks - 1).min(exact);
+        }
+        let passes = if matches!(rank, Rank::Energy(_)) { 2 } else { 1 };
+        let times =
+            |joint: &Joint| passes * if is_exact(joint, exact) { 1 } else { sketch.passes() };
+        let plan = Plan::of_modules(&terms.adapters, &joints, times, need(exact), &options)?;
+        Ok(Self { terms, joints, rank, sketch, options, plan, exact })
+    }
+
+    /// What the job will read and take.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// Whether every module is decomposed exactly.
+    pub fn is_exact(&self) -> bool {
+        self.joints.iter().all(|joint| is_exact(joint, self.exact))
+    }
+
+    /// Write one safetensors file of type `dtype` for each target, and answer what each keeps of
+    /// each module. None appears before all are complete.
+    ///
+    /// # Errors
+    /// A file cannot be read or written, or changed meanwhile; a number is not finite; no rank
+    /// keeps the energy that was asked for; `watch` said to stop.
+    pub fn write(
+        &self,
+        outputs: &[PathBuf],
+        dtype: Dtype,
+        watch: &Watch,
+    ) -> Result<Vec<(usize, Vec<Kept>)>> {
+        let options = &self.options;
+        let reader = Reader::open(&self.terms.adapters, options.io, options.allow_nan, watch)?;
+        let ranks = self.ranks(&reader, watch)?;
+        let writers = create(&self.joints, outputs, &ranks, dtype)?;
+        let widest = ranks.iter().copied().max().unwrap_or(0);
+        let found = self.each(&reader, watch, widest, |index, lows| {
+            let joint = &self.joints[index];
+            let exact = is_exact(joint, self.exact);
+            let one = |((low, writer), &rank): ((&Low, &Writer), &usize)| {
+                let columns = [joint.columns(), joint.outer];
+                let rows = rank.min(low.a.len() / columns[0].max(1));
+                let mut b = vec![0.0; joint.outer * rank];
+                for (column, values) in low.b.chunks_exact(columns[1]).take(rows).enumerate() {
+                    for (row, value) in b.chunks_exact_mut(rank).zip(values) {
+                        row[column] = *value;
+                    }
+                }
+                let checks = (dtype, options.allow_nan);
+                let a = &low.a[..rows * columns[0]];
+                put(&self.joints, writer, (index, Factor::A), 0, a, checks)?;
+                put(&self.joints, writer, (index, Factor::B), 0, &b, checks)?;
+                let kept: f64 = low.values.iter().take(rows).map(|s| s * s).sum();
+                let energy = if exact { low.energy } else { low.energy.max(kept) };
+                Ok(Kept { module: joint.module.name.clone(), energy, kept, exact })
+            };
+            lows.iter().zip(&writers).zip(&ranks).map(one).collect::<Result<Vec<_>>>()
+        })?;
+        reader.still_unchanged()?;
+        writers.into_iter().try_for_each(Writer::finish)?;
+        let of = |target: usize| found.iter().map(|module| module[target].clone()).collect();
+        Ok(ranks.iter().enumerate().map(|(target, &rank)| (rank, of(target))).collect())
+    }
+
+    /// Each target's rank.
+    fn ranks(&self, reader: &Reader<'_>, watch: &Watch) -> Result<Vec<usize>> {
+        let most = self.joints.iter().map(Joint::ranks).max().unwrap_or(0);
+        let share = match self.rank {
+            Rank::Fixed(rank) => return Ok(vec![rank.min(most); self.terms.targets()]),
+            Rank::Energy(share) => share,
+        };
+        let needed = self.each(reader, watch, 0, |index, lows| {
+            let joint = &self.joints[index];
+            let one = |low: &Low| {
+                let mut kept = 0.0;
+                let energy = match is_exact(joint, self.exact) {
+                    // Of the values themselves, so that rounding cannot keep the whole out of reach.
+                    true => low.values.iter().rev().map(|s| s * s).sum::<f64>(),
+                    false => low.energy,
+                };
+                let enough = |s: &f64| {
+                    kept += s * s;
+                    kept >= share * energy * (1.0 - 1e-12)
+                };
+                if energy == 0.0 {
+                    return Ok(1);
+                }
+                low.values.iter().position(enough).map(|last| last + 1).ok_or_else(|| {
+                    Error::Setting(format!(
+                        "rank {} keeps about {:.3} of the energy of `{}`, less than {share}; give \
+                         a rank, or ask for less",
+                        low.values.len(),
+                        kept / energy,
+                        joint.module.name
+                    ))
+                })
+            };
+            lows.iter().map(one).collect::<Result<Vec<usize>>>()
+        })?;
+        let largest = |target: usize| needed.iter().map(|module| module[target]).max();
+        Ok((0..self.terms.targets()).map(|target| largest(target).unwrap_or(1)).collect())
+    }
+
+    /// What `use_of` makes of each module's sums, to rank `rank` at most.
+    fn each<T: Send>(
+        &self,
+        reader: &Reader<'_>,
+        watch: &Watch,
+        rank: usize,
+        use_of: impl Fn(usize, &[Low]) -> Result<T> + Sync,
+    ) -> Result<Vec<T>> {
+        let found: Mutex<Vec<(usize, T)>> = Mutex::default();
+        each_on_threads(self.joints.len(), self.plan.threads, watch, Vec::new, |bytes, index| {
+            let joint = &self.joints[index];
+            let lows = if is_exact(joint, self.exact) {
+                Stacked::read(reader, joint, bytes)?.lows(self.terms, joint, rank)?
+            } else {
+                self.sketch.lows(reader, self.terms, joint, rank, bytes)?
+            };
+            let made = use_of(index, &lows)?;
+            found.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push((index, made));
+            Ok(())
+        })?;
+        let mut found = found.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+        found.sort_by_key(|(index, _)| *index);
+        Ok(found.into_iter().map(|(_, made)| made).collect())
+    }
+}
+
+fn is_exact(joint: &Joint, most: usize) -> bool {
+    joint.ranks() <= most
+}
