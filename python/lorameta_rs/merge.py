@@ -76,7 +76,7 @@ class Options:
     normalize: str = "none"
     """One of `NORMALIZATIONS`."""
     seed: int = 0
-    """Of what is random: the sketch of `svd` where the ranks add up to more than 512."""
+    """Of what is random: the sketch of `svd` where the ranks add up to more than 384."""
     dtype: str = "float32"
     """One of `DTYPES`: the type of the tensors that are written."""
     threads: int = 0
