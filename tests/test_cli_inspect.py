@@ -13,12 +13,28 @@ def written(make_bank):
     return make_bank({"a": {}, "b": {"rank": 4, "dtypes": "F16", "config": {"use_rslora": True}}})
 
 
+def deltas(written, name, scale=2.0):
+    """‖ΔW‖ of each module."""
+    tensors = written.numbers[name]
+    modules = sorted({tensor.partition(".lora_")[0] for tensor in tensors})
+    return {
+        module.removeprefix("base_model.model."): scale
+        * np.linalg.norm(tensors[f"{module}.lora_B.weight"] @ tensors[f"{module}.lora_A.weight"])
+        for module in modules
+    }
+
+
 @pytest.mark.parametrize("options", [[], ["--no-data"]], ids=str)
 def test_a_bank_is_all_of_its_members(written, lorameta, options):
     status, out, err = lorameta("inspect", written.folder, "--json", *options)
-    a, b = json.loads(out)
+    a, b = json.loads(out)["adapters"]
     assert (status, err) == (0, "")
-    assert a == {
+    norms = {module: pytest.approx(norm, rel=1e-5) for module, norm in deltas(written, "a").items()}
+    measured = {
+        "norms": norms,
+        "norm": pytest.approx(np.linalg.norm([*deltas(written, "a").values()])),
+    }
+    assert a == ({} if options else measured) | {
         "adapter": str(written.folder / "a"),
         "usable": True,
         "ranks": [2],
@@ -48,7 +64,7 @@ def test_what_cannot_be_used_is_said_and_is_status_1(written, lorameta):
     assert (status, len(out.splitlines())) == (1, 3)
     assert err.startswith(f"error: `{written.folder / 'a'}`: ")
     status, out, _ = lorameta("inspect", written.folder, "--json")
-    assert (status, [one["usable"] for one in json.loads(out)]) == (1, [False, True])
+    assert (status, [one["usable"] for one in json.loads(out)["adapters"]]) == (1, [False, True])
 
 
 @pytest.mark.parametrize(
@@ -76,3 +92,25 @@ def test_an_empty_folder_has_no_adapter(tmp_path, lorameta):
     status, _, err = lorameta("inspect", tmp_path)
     assert status == 1
     assert f"`{tmp_path}` has no adapter" in err
+
+
+def test_norms_of_every_module_are_printed(written, lorameta):
+    _, out, _ = lorameta("inspect", written.folder / "a", "--norms")
+    rows = [line.split("\t") for line in out.splitlines()[3:]]
+    assert {module: float(norm) for _, module, norm in rows} == {
+        module: pytest.approx(norm, rel=1e-3) for module, norm in deltas(written, "a").items()
+    }
+
+
+def test_members_that_began_from_one_a_are_grouped(make_bank, lorameta):
+    written = make_bank("abcde")
+    for name, first in (("c", "a"), ("d", "a"), ("e", "b")):
+        near = {n: t * 1.5 + 0.01 for n, t in written.numbers[first].items() if "lora_A" in n}
+        written.edit(name, lambda tensors, near=near: tensors.update(near))
+    _, out, err = lorameta("inspect", written.folder, "--json")
+    assert [[path[-1] for path in group] for group in json.loads(out)["shared_a"]] == [
+        ["a", "c", "d"],
+        ["b", "e"],
+    ]
+    _, _, err = lorameta("inspect", written.folder)
+    assert err.count("began from the same A") == 2

@@ -9,6 +9,7 @@ import numpy as np
 
 from lorameta_rs import _core
 from lorameta_rs.errors import InvalidSetting, LayoutMismatch
+from lorameta_rs.shape import delta_norms
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -70,7 +71,7 @@ class Sums:
         method, error = _method(members, coefficients, scalings, options)
         rank = _common_rank(members)
         if options.normalize == "unit":
-            coefficients = _unit(members, coefficients, scalings, options)
+            coefficients = _unit(members, coefficients)
         if method != "soup":
             return cls(members, coefficients, scalings, method, error, rank, None)
         alpha, strengths = _scaling(members, _one_rank(members))
@@ -123,21 +124,12 @@ def _method(
 def _unit(
     members: Sequence[Member],
     coefficients: list[list[list[float]]],
-    scalings: list[list[float]],
-    options: Options,
 ) -> list[list[list[float]]]:
     """Coefficients that give each ΔW norm one, and each sum the weighted mean of the norms.
 
     In module m: c_i / n_im · Σ_j |c_j| n_jm / Σ_j |c_j|, over the members that change m.
     """
-    products = _core.norms([member.adapter for member in members], options)
-    norms = [
-        {
-            module.name: abs(s) * norm
-            for module, s, norm in zip(member.modules, own, row, strict=True)
-        }
-        for member, own, row in zip(members, scalings, products, strict=True)
-    ]
+    norms = delta_norms(members)
 
     def of_job(rows: list[list[float]]) -> list[list[float]]:
         full = [

@@ -14,23 +14,28 @@ if TYPE_CHECKING:
 
     from lorameta_rs.member import Member
 
-HEADERS = ("adapter", "rank", "scaling", "modules", "type", "size", "base model", "faults")
+HEADERS = ("adapter", "rank", "scaling", "modules", "type", "size", "‖ΔW‖", "base model", "faults")
+_SHOWN = 8
 
 
 @click.command()
 @click.argument("paths", metavar="PATH...", type=options.PATH, nargs=-1, required=True)
 @click.option("--no-data", is_flag=True, help="Read the headers alone, not the tensors.")
+@click.option("--norms", is_flag=True, help="Print ‖ΔW‖ of every module.")
 @options.as_json
-def inspect(paths: Sequence[Path], no_data: bool, as_json: bool) -> None:
+def inspect(paths: Sequence[Path], no_data: bool, norms: bool, as_json: bool) -> None:
     """Say what adapters are, and what is wrong with them.
 
-    PATH is an adapter, or a bank for all of its members. The status is 1 if any cannot be used.
+    PATH is an adapter, or a bank for all of its members. Says how large each adapter's ΔW is, and
+    which began training from the same A. The status is 1 if any cannot be used.
     """
     from lorameta_rs import files
     from lorameta_rs.bank import member_folders
     from lorameta_rs.config import FILE_NAME
     from lorameta_rs.member import WEIGHTS, Member, open_members
 
+    if no_data and norms:
+        raise click.UsageError("--norms needs the tensors: leave --no-data out")
     folders = []
     for path in paths:
         with files.refusals(path):
@@ -38,19 +43,36 @@ def inspect(paths: Sequence[Path], no_data: bool, as_json: bool) -> None:
         alone = (path / FILE_NAME).exists() or (path / WEIGHTS).exists()
         folders += [path] if alone else member_folders(path) or [path]
     found = []
+    sound = []
     with console.steps("reading adapters", len(folders)) as step:
         for folder, opened in zip(folders, open_members(folders), strict=True):
             if step is not None:
                 step(folder)
             if isinstance(opened, Member):
                 found.append(_member(opened, look=not no_data))
+                if found[-1]["usable"]:
+                    sound.append((opened, found[-1]))
             else:
                 fault = str(opened)
                 found.append({"adapter": str(folder), "usable": False, "faults": [fault]})
+    groups = [] if no_data else _norms_and_groups(sound)
     if as_json:
-        console.data(found)
+        console.data({"adapters": found, "shared_a": groups})
     else:
         console.table(HEADERS, [_row(one) for one in found])
+        if norms:
+            console.table(
+                ("adapter", "module", "‖ΔW‖"),
+                [
+                    (one["adapter"], module, f"{norm:.4g}")
+                    for one in found
+                    for module, norm in one.get("norms", {}).items()
+                ],
+            )
+        for group in groups:
+            more = f" and {len(group) - _SHOWN} more" if len(group) > _SHOWN else ""
+            names = ", ".join(f"`{name}`" for name in group[:_SHOWN])
+            console.say(f"began from the same A: {names}{more}")
         for one in found:
             for fault in one["faults"]:
                 tell = console.warn if one["usable"] else console.fail
@@ -78,9 +100,24 @@ def _member(member: Member, look: bool) -> dict[str, Any]:
     }
 
 
+def _norms_and_groups(sound: Sequence[tuple[Member, dict[str, Any]]]) -> list[list[str]]:
+    """Add each member's norms; answer the groups that began training from the same A."""
+    from lorameta_rs.shape import delta_norms, shared_a
+
+    members = [member for member, _ in sound]
+    if not members:
+        return []
+    with console.progress("measuring ΔW") as update:
+        norms = delta_norms(members, update)
+    for (_, one), own in zip(sound, norms, strict=True):
+        one["norms"] = own
+        one["norm"] = sum(norm**2 for norm in own.values()) ** 0.5
+    return [[str(members[i].folder) for i in group] for group in shared_a(members)]
+
+
 def _row(one: dict[str, Any]) -> tuple[str, ...]:
     if "ranks" not in one:
-        return (one["adapter"], *("",) * 6, "unusable")
+        return (one["adapter"], *("",) * 7, "unusable")
     return (
         one["adapter"],
         ", ".join(str(rank) for rank in one["ranks"]),
@@ -88,6 +125,7 @@ def _row(one: dict[str, Any]) -> tuple[str, ...]:
         str(one["modules"]),
         ", ".join(one["dtypes"]),
         console.size(one["bytes"]),
+        f"{one['norm']:.3g}" if "norm" in one else "",
         one["base_model"] or "",
         str(len(one["faults"]) or ""),
     )
