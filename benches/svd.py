@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import deserialize
 
-from lorameta_rs import Bank
+from lorameta_rs import Bank, _core
 from lorameta_rs.merge import Job, Options, merge
 
 if TYPE_CHECKING:
@@ -32,10 +32,21 @@ PREFIX = "base_model.model."
 
 def factors(folder: Path, module: str) -> tuple[Matrix, Matrix]:
     """A and B of a module, in float64."""
-    with safe_open(folder / "adapter_model.safetensors", framework="np") as file:
-        names = (f"{PREFIX}{module}.lora_{factor}.weight" for factor in "AB")
-        a, b = (np.asarray(file.get_tensor(name), dtype=np.float64) for name in names)
-    return a, b
+    path = folder / "adapter_model.safetensors"
+    header = _core.open_adapters([path])[0]
+    assert not isinstance(header, Exception), header
+    (place,) = (one for one in header.layout.modules if one.name == module)
+    tensors = dict(deserialize(path.read_bytes()))  # type: ignore[no-untyped-call]
+
+    def numbers(factor: str, shape: list[int]) -> Matrix:
+        data = bytes(tensors[f"{PREFIX}{module}.lora_{factor}.weight"]["data"])
+        if place.dtypes[0] == "BF16":
+            wide = np.frombuffer(data, "<u2").astype(np.uint32) << np.uint32(16)
+            return wide.view(np.float32).astype(np.float64).reshape(shape)
+        kind = {"F16": "<f2", "F32": "<f4"}[place.dtypes[0]]
+        return np.frombuffer(data, kind).astype(np.float64).reshape(shape)
+
+    return numbers("A", place.a_shape), numbers("B", place.b_shape)
 
 
 def stacked(bank: Bank, weights: Matrix, module: str) -> tuple[Matrix, Matrix]:
