@@ -37,7 +37,7 @@ pub enum Error {
     /// The file has the tensor, in another shape than the adapters it is to be combined with.
     #[error(
         "`{}`: {} has shape {found:?}, where `{}` has or needs {expected:?}; \
-         they are for different base models, or, for sums of factors, differ in rank",
+         they are for different base models, or differ in rank: sum those by `svd` or `cat`",
         path.display(), Quoted(tensor), other.display()
     )]
     Shape {

@@ -174,6 +174,12 @@ impl<'a> Reader<'a> {
     }
 
     /// # Errors
+    /// The watch said to stop.
+    pub(crate) fn go_on(&self) -> Result<()> {
+        self.watch.go_on()
+    }
+
+    /// # Errors
     /// A file is not what it was when its header was read.
     pub(crate) fn still_unchanged(&self) -> Result<()> {
         self.adapters.iter().try_for_each(|adapter| adapter.still_unchanged())

@@ -6,6 +6,7 @@
 #![expect(unsafe_code, reason = "calling code compiled for a feature that was just detected")]
 
 mod scalar;
+mod sparse;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
@@ -31,13 +32,35 @@ pub struct Kernel {
     pub add_products: AddProducts,
     /// Conversion on reading.
     pub widen: Widen,
+    /// Loops of the sparse methods.
+    pub(crate) sparse: Sparse,
+}
+
+type Vote = fn(numbers: &[f32], totals: &mut [f64], up: &mut [u32], down: &mut [u32]);
+
+/// See the loops of the same names in `sparse`.
+#[derive(Clone, Copy)]
+pub(crate) struct Sparse {
+    pub(crate) keep_largest: fn(numbers: &mut [f32], bits: u32),
+    pub(crate) keep_random: fn(numbers: &mut [f32], key: [u32; 2], start: u32, limit: u32),
+    pub(crate) vote: Vote,
+    pub(crate) add_by_sign: fn(numbers: &[f32], weight: f32, up: &mut [f32], down: &mut [f32]),
 }
 
 /// Every kernel that this machine runs, narrowest first.
 pub fn available() -> Vec<Kernel> {
     #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut))]
-    let mut kernels =
-        vec![Kernel { name: "scalar", add_products: scalar::add_products, widen: scalar::widen }];
+    let mut kernels = vec![Kernel {
+        name: "scalar",
+        add_products: scalar::add_products,
+        widen: scalar::widen,
+        sparse: Sparse {
+            keep_largest: sparse::keep_largest,
+            keep_random: sparse::keep_random,
+            vote: sparse::vote,
+            add_by_sign: sparse::add_by_sign,
+        },
+    }];
     #[cfg(target_arch = "x86_64")]
     {
         if is_x86_feature_detected!("avx2")
@@ -52,6 +75,24 @@ pub fn available() -> Vec<Kernel> {
                 },
                 // SAFETY: as above.
                 widen: |dtype, bytes, numbers| unsafe { x86_64::widen_avx2(dtype, bytes, numbers) },
+                sparse: Sparse {
+                    // SAFETY: as above, here and in what follows.
+                    keep_largest: |numbers, bits| unsafe {
+                        sparse::avx2::keep_largest(numbers, bits)
+                    },
+                    // SAFETY: as above.
+                    keep_random: |numbers, key, start, limit| unsafe {
+                        sparse::avx2::keep_random(numbers, key, start, limit)
+                    },
+                    // SAFETY: as above.
+                    vote: |numbers, totals, up, down| unsafe {
+                        sparse::avx2::vote(numbers, totals, up, down)
+                    },
+                    // SAFETY: as above.
+                    add_by_sign: |numbers, weight, up, down| unsafe {
+                        sparse::avx2::add_by_sign(numbers, weight, up, down)
+                    },
+                },
             });
         }
         if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
@@ -64,6 +105,24 @@ pub fn available() -> Vec<Kernel> {
                 // SAFETY: as above.
                 widen: |dtype, bytes, numbers| unsafe {
                     x86_64::widen_avx512(dtype, bytes, numbers)
+                },
+                sparse: Sparse {
+                    // SAFETY: as above, here and in what follows.
+                    keep_largest: |numbers, bits| unsafe {
+                        sparse::avx512::keep_largest(numbers, bits)
+                    },
+                    // SAFETY: as above.
+                    keep_random: |numbers, key, start, limit| unsafe {
+                        sparse::avx512::keep_random(numbers, key, start, limit)
+                    },
+                    // SAFETY: as above.
+                    vote: |numbers, totals, up, down| unsafe {
+                        sparse::avx512::vote(numbers, totals, up, down)
+                    },
+                    // SAFETY: as above.
+                    add_by_sign: |numbers, weight, up, down| unsafe {
+                        sparse::avx512::add_by_sign(numbers, weight, up, down)
+                    },
                 },
             });
         }
@@ -136,6 +195,28 @@ mod tests {
                         kernel.name
                     );
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn sparse_loops_give_the_bits_of_the_plain_loops() {
+        for kernel in available() {
+            for len in (0..70).chain([127, 2048]) {
+                let all = |loops: Sparse| {
+                    let mut kept = numbers(len, 3);
+                    kept.iter_mut().step_by(5).for_each(|x| *x = 0.0);
+                    let (mut totals, mut up, mut down) =
+                        (vec![0.1; len], vec![1; len], vec![2; len]);
+                    (loops.vote)(&kept, &mut totals, &mut up, &mut down);
+                    let (mut plus, mut minus) = (numbers(len, 4), numbers(len, 5));
+                    (loops.add_by_sign)(&kept, 0.3, &mut plus, &mut minus);
+                    (loops.keep_random)(&mut kept, [5, 6], u32::MAX - 9, 3 << 30);
+                    let random = kept.clone();
+                    (loops.keep_largest)(&mut kept, 2f32.to_bits());
+                    (kept, random, plus, minus, totals, up, down)
+                };
+                assert_eq!(all(kernel.sparse), all(available()[0].sparse), "{}", kernel.name);
             }
         }
     }

@@ -37,7 +37,7 @@ pub use blocks::{Options, Plan};
 pub use dtype::Dtype;
 pub use error::{Error, Result};
 pub use header::Tensor;
-pub use merge::{Cat, Kept, Rank, Soup, Svd};
+pub use merge::{Cat, Dense, Kept, Majority, Rank, Rule, Soup, Sparse, Sparsity, Svd};
 pub use pattern::first_match;
 pub use scan::scan;
 pub use source::Io;

@@ -2,8 +2,10 @@
 
 mod cat;
 mod soup;
+mod sparse;
 mod svd;
 
 pub use cat::Cat;
 pub use soup::Soup;
+pub use sparse::{Dense, Majority, Rule, Sparse, Sparsity};
 pub use svd::{ITERATIONS, Kept, Rank, Svd};

@@ -14,7 +14,8 @@ use pyo3::{
 };
 
 use crate::{
-    Cat, Dtype, Error, Io, Kept, Options, Plan, Rank, Result, Soup, Svd, Terms, Watch,
+    Cat, Dense, Dtype, Error, Io, Kept, Majority, Options, Plan, Rank, Result, Rule, Soup, Sparse,
+    Sparsity, Svd, Terms, Watch,
     adapter::Adapter,
     layout::{Factor, Kind, Layout},
     merge::ITERATIONS,
@@ -161,6 +162,8 @@ struct Settings {
     rank: Option<usize>,
     energy: Option<f64>,
     seed: u64,
+    density: Option<f64>,
+    majority_sign: String,
     dtype: String,
     threads: usize,
     memory: usize,
@@ -185,6 +188,27 @@ impl Settings {
         })
     }
 
+    /// The rule of a method's name, without the `_svd` that it may end with.
+    fn sparsity(&self, name: &str) -> Result<Sparsity> {
+        let rule = match name {
+            "linear" => Rule::Linear,
+            "magnitude_prune" => Rule::MagnitudePrune,
+            "ties" => Rule::Ties,
+            "dare_linear" => Rule::DareLinear,
+            "dare_ties" => Rule::DareTies,
+            _ => return Err(Error::Setting(format!("no method `{name}`"))),
+        };
+        let majority = match &self.majority_sign[..] {
+            "total" => Majority::Total,
+            "frequency" => Majority::Frequency,
+            sign => {
+                let text = format!("majority sign is `{sign}`, expected total or frequency");
+                return Err(Error::Setting(text));
+            }
+        };
+        Ok(Sparsity { rule, density: self.density.unwrap_or(1.0), majority, seed: self.seed })
+    }
+
     fn rank(&self) -> Result<Rank> {
         match (self.rank, self.energy) {
             (Some(_), Some(_)) => Err(Error::Setting("rank and energy: give one".to_owned())),
@@ -199,6 +223,8 @@ enum Job<'a> {
     Soup(Soup<'a>),
     Cat(Cat<'a>),
     Svd(Svd<'a>),
+    Sparse(Sparse<'a>),
+    Dense(Dense<'a>),
 }
 
 impl<'a> Job<'a> {
@@ -211,7 +237,13 @@ impl<'a> Job<'a> {
                 let (rank, seed) = (settings.rank()?, settings.seed);
                 Self::Svd(Svd::new(terms, rank, seed, ITERATIONS, options)?)
             }
-            method => return Err(Error::Setting(format!("no method `{method}`"))),
+            name => match name.strip_suffix("_svd") {
+                None => Self::Sparse(Sparse::new(terms, settings.sparsity(name)?, options)?),
+                Some(name) => {
+                    let rank = settings.rank.unwrap_or(DEFAULT_RANK);
+                    Self::Dense(Dense::new(terms, settings.sparsity(name)?, rank, options)?)
+                }
+            },
         })
     }
 
@@ -220,6 +252,8 @@ impl<'a> Job<'a> {
             Self::Soup(soup) => soup.plan(),
             Self::Cat(cat) => cat.plan(),
             Self::Svd(svd) => svd.plan(),
+            Self::Sparse(sparse) => sparse.plan(),
+            Self::Dense(dense) => dense.plan(),
         }
     }
 
@@ -234,6 +268,14 @@ impl<'a> Job<'a> {
             Self::Cat(cat) => {
                 cat.write(outputs, dtype, watch)?;
                 Ok(cat.ranks().into_iter().map(|rank| none(Some(rank))).collect())
+            }
+            Self::Sparse(sparse) => {
+                sparse.write(outputs, dtype, watch)?;
+                Ok(sparse.ranks().iter().map(|&rank| none(Some(rank))).collect())
+            }
+            Self::Dense(dense) => {
+                dense.write(outputs, dtype, watch)?;
+                Ok(dense.ranks().into_iter().map(|rank| none(Some(rank))).collect())
             }
             Self::Svd(svd) => {
                 let of = |kept: Kept| (kept.module, kept.energy, kept.kept, kept.exact);

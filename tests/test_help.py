@@ -70,6 +70,7 @@ def test_choices_are_those_of_the_library():
     assert set(options.PIPELINES) == set(coefficients.PIPELINES)
     assert options.METHODS == merge.METHODS
     assert options.DTYPES == merge.DTYPES
+    assert options.MAJORITIES == merge.MAJORITIES
     assert options.NORMALIZATIONS == merge.NORMALIZATIONS
 
 

@@ -412,12 +412,16 @@ def test_coefficients_that_cannot_be_used(make_bank, tmp_path, row, said):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"method": "sum"}, "method `sum`: expected one of auto, soup, svd, cat"),
+        ({"method": "sum"}, "method `sum`: expected one of auto, soup, svd, cat, linear"),
         ({"dtype": "int8"}, "dtype `int8`: expected one of float32, float16, bfloat16"),
         ({"io": "magic"}, "io `magic`: expected one of read, mmap"),
         ({"memory": 1 << 10}, "raise --memory"),
         ({"normalize": "unit"}, "norms are those of ΔW"),
-        ({"rank": 4}, "the method `soup` has its own rank"),
+        ({"rank": 4}, "the method `soup` takes none"),
+        ({"density": 0.5}, "density: the method `soup` takes none"),
+        ({"method": "ties"}, "density: the method `ties` needs it"),
+        ({"method": "dare_ties_svd", "density": 0.0}, "density is 0.0, expected a share"),
+        ({"method": "ties", "density": 0.5, "majority_sign": "mean"}, "expected one of total"),
         ({"method": "svd", "rank": 0}, "rank is 0, expected 1 or more"),
         ({"method": "svd", "rank": 4, "energy": 0.9}, "give one"),
         ({"method": "svd", "energy": 1.1}, "energy is 1.1, expected a share"),

@@ -50,6 +50,8 @@ def test_of_a_dataset(folder, dataset, tmp_path):
         "rank": None,
         "energy": None,
         "normalize": "none",
+        "density": None,
+        "majority_sign": "total",
         "seed": 0,
         "memory": 8 << 20,
         "metric": "cosine",
@@ -91,6 +93,8 @@ def test_of_weights(folder, tmp_path):
         "rank": None,
         "energy": None,
         "normalize": "none",
+        "density": None,
+        "majority_sign": "total",
         "seed": 0,
         "memory": 64 << 20,
     }

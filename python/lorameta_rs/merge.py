@@ -28,10 +28,15 @@ if TYPE_CHECKING:
     from lorameta_rs.member import Member
     from lorameta_rs.ranking import Ranking
 
-METHODS = ("auto", "soup", "svd", "cat")
+SPARSE = ("magnitude_prune", "ties", "dare_linear", "dare_ties")
+METHODS = ("auto", "soup", "svd", "cat", "linear", *SPARSE, *(f"{name}_svd" for name in SPARSE))
 """The ways to combine adapters. `soup`: Σ c_i A_i and Σ c_i B_i, the paper's; `svd`: the best
 approximation of Σ c_i ΔW_i of a low rank; `cat`: that sum exactly, its rank the sum of ranks;
-`auto`: `soup` where that errs by at most 1 %, else `svd`."""
+`auto`: `soup` where that errs by at most 1 %, else `svd`. The others are those of PEFT: `linear`
+and `SPARSE` act on A and B apart, the `_svd` forms on ΔW, which they form a module at a time."""
+
+MAJORITIES = ("total", "frequency")
+"""Which sign `ties` elects: that of the sum of the members, or of the greater number of them."""
 
 NORMALIZATIONS = ("none", "unit")
 """What is done with the members' norms. `unit`: each ΔW is brought to norm one in each module, and
@@ -75,8 +80,13 @@ class Options:
     """Instead of a rank: the share of ‖ΔW‖² that every module keeps at least."""
     normalize: str = "none"
     """One of `NORMALIZATIONS`."""
+    density: float | None = None
+    """The share of the numbers that the methods of `SPARSE` keep of each member, in (0, 1]."""
+    majority_sign: str = "total"
+    """One of `MAJORITIES`."""
     seed: int = 0
-    """Of what is random: the sketch of `svd` where the ranks add up to more than 384."""
+    """Of what is random: what `dare_…` keeps, and the sketch of `svd` where the ranks add up to
+    more than 384."""
     dtype: str = "float32"
     """One of `DTYPES`: the type of the tensors that are written."""
     threads: int = 0
@@ -97,6 +107,7 @@ class Options:
             ("method", self.method, METHODS),
             ("dtype", self.dtype, DTYPES),
             ("normalize", self.normalize, NORMALIZATIONS),
+            ("majority_sign", self.majority_sign, MAJORITIES),
             ("io", self.io, ("read", "mmap")),
         ):
             if found not in known:
@@ -113,10 +124,20 @@ class Options:
             raise InvalidSetting("rank and energy both choose the rank: give one")
         if self.energy is not None and not 0 < self.energy <= 1:
             raise InvalidSetting(f"energy is {self.energy}, expected a share above 0, up to 1")
-        if self.method in ("soup", "cat"):
-            for name in ("rank", "energy"):
-                if getattr(self, name) is not None:
-                    raise InvalidSetting(f"{name}: the method `{self.method}` has its own rank")
+        given = {"rank": self.rank, "energy": self.energy, "density": self.density}
+        for name, taken in (
+            ("rank", self.method == "auto" or self.method.endswith("svd")),
+            ("energy", self.method in ("auto", "svd")),
+            ("density", self.method.removesuffix("_svd") in SPARSE),
+        ):
+            if given[name] is not None and not taken:
+                raise InvalidSetting(f"{name}: the method `{self.method}` takes none")
+        if self.method.removesuffix("_svd") in SPARSE and self.density is None:
+            raise InvalidSetting(
+                f"density: the method `{self.method}` needs it: the share of the numbers to keep"
+            )
+        if self.density is not None and not 0 < self.density <= 1:
+            raise InvalidSetting(f"density is {self.density}, expected a share above 0, up to 1")
         if self.method == "soup" and self.normalize != "none":
             raise InvalidSetting("normalize: norms are those of ΔW, which `soup` does not sum")
         if self.method == "svd" and self.allow_nan:

@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 FILE_NAME = "lorameta.json"
 FORMAT = 1
 
-OF_RESULT = ("dtype", "allow_nan", "rank", "energy", "normalize", "seed", "memory")
+OF_RESULT = (
+    *("dtype", "allow_nan", "rank", "energy", "normalize"),
+    *("density", "majority_sign", "seed", "memory"),
+)
 """The options beside the method that a result depends on."""
 
 _LARGEST = 64 << 20

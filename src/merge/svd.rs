@@ -1,6 +1,6 @@
 //! `svd`: the best approximation of Σ c_i s_i B_i A_i of a given rank, without ever forming it.
 
-mod dense;
+pub(super) mod dense;
 mod sketch;
 mod stacked;
 #[cfg(test)]

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 _SHOWN = 8
 _SERVED = 16
-_OF_RESULT = ("method", "rank", "energy", "normalize", "seed", "dtype", "allow_nan", "memory")
+_OF_RESULT = (
+    *("method", "rank", "energy", "normalize", "density", "majority_sign", "seed"),
+    *("dtype", "allow_nan", "memory"),
+)
 _LARGEST_WEIGHTS = 16 << 20
 
 
@@ -53,9 +56,22 @@ _LARGEST_WEIGHTS = 16 << 20
     type=click.Choice(options.METHODS),
     default=options.METHODS[0],
     show_default=True,
-    help="How adapters are combined: `soup` sums A and B apart, `svd` and `cat` their products.",
+    metavar="METHOD",
+    help="How adapters are combined: `soup` sums A and B apart, `svd` and `cat` their products; "
+    "`auto` takes `soup` where that is the same, else `svd`. Those of PEFT: linear, "
+    "magnitude_prune, ties, dare_linear, dare_ties, and the last four with _svd behind them.",
 )
-@click.option("--rank", type=click.IntRange(1), help="The rank of `svd`'s result.  [default: 16]")
+@click.option(
+    "--density", type=float, metavar="SHARE", help="What `ties`, `dare_…` and pruning keep."
+)
+@click.option(
+    "--majority-sign",
+    type=click.Choice(options.MAJORITIES),
+    default=options.MAJORITIES[0],
+    show_default=True,
+    help="Whose sign `ties` elects: of the sum, or of the greater number.",
+)
+@click.option("--rank", type=click.IntRange(1), help="Of the result of `svd`.  [default: 16]")
 @click.option(
     "--energy", type=float, metavar="SHARE", help="Or the share of ‖ΔW‖² that it is to keep."
 )

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 # would load numpy; a test compares them.
 METRICS = ("js", "kl", "wasserstein", "mmd", "cosine")
 PIPELINES = ("normalized", "attentional", "nearest", "uniform")
-METHODS = ("auto", "soup", "svd", "cat")
+SPARSE = ("magnitude_prune", "ties", "dare_linear", "dare_ties")
+METHODS = ("auto", "soup", "svd", "cat", "linear", *SPARSE, *(f"{name}_svd" for name in SPARSE))
+MAJORITIES = ("total", "frequency")
 NORMALIZATIONS = ("none", "unit")
 DTYPES = ("float32", "float16", "bfloat16")
 

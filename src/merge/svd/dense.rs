@@ -6,27 +6,27 @@ use faer::{Accum, Mat, MatMut, MatRef, Par};
 use crate::error::{Error, Result};
 
 /// `a` times `b`.
-pub(super) fn product(a: MatRef<'_, f64>, b: MatRef<'_, f64>) -> Mat<f64> {
+pub(in crate::merge) fn product(a: MatRef<'_, f64>, b: MatRef<'_, f64>) -> Mat<f64> {
     let mut c = Mat::zeros(a.nrows(), b.ncols());
     add_product(c.as_mut(), a, b);
     c
 }
 
 /// `c += a b`.
-pub(super) fn add_product(c: MatMut<'_, f64>, a: MatRef<'_, f64>, b: MatRef<'_, f64>) {
+pub(in crate::merge) fn add_product(c: MatMut<'_, f64>, a: MatRef<'_, f64>, b: MatRef<'_, f64>) {
     faer::linalg::matmul::matmul(c, Accum::Add, a, b, 1.0, Par::Seq);
 }
 
 /// A singular value decomposition U S Vᵀ.
-pub(super) struct Decomposed {
-    pub(super) u: Mat<f64>,
-    pub(super) values: Vec<f64>,
-    pub(super) v: Mat<f64>,
+pub(in crate::merge) struct Decomposed {
+    pub(in crate::merge) u: Mat<f64>,
+    pub(in crate::merge) values: Vec<f64>,
+    pub(in crate::merge) v: Mat<f64>,
 }
 
 /// # Errors
 /// It did not converge, as with NaN.
-pub(super) fn decompose(matrix: MatRef<'_, f64>) -> Result<Decomposed> {
+pub(in crate::merge) fn decompose(matrix: MatRef<'_, f64>) -> Result<Decomposed> {
     if matrix.nrows() == 0 || matrix.ncols() == 0 {
         let (u, v) = (Mat::zeros(matrix.nrows(), 0), Mat::zeros(matrix.ncols(), 0));
         return Ok(Decomposed { u, values: vec![], v });
@@ -40,7 +40,7 @@ pub(super) fn decompose(matrix: MatRef<'_, f64>) -> Result<Decomposed> {
 }
 
 /// An orthonormal basis of the columns of `matrix`.
-pub(super) fn orthonormal(matrix: MatRef<'_, f64>) -> Mat<f64> {
+pub(in crate::merge) fn orthonormal(matrix: MatRef<'_, f64>) -> Mat<f64> {
     faer::set_global_parallelism(Par::Seq);
     matrix.qr().compute_thin_Q()
 }

@@ -1,0 +1,92 @@
+//! Thinning numbers out, and sums that are kept apart by sign: plain loops, compiled also for wider
+//! registers.
+
+/// The numbers whose bits without the sign are below `bits` become zero.
+#[inline(always)]
+pub(super) fn keep_largest(numbers: &mut [f32], bits: u32) {
+    for x in numbers {
+        *x = if x.to_bits() & 0x7fff_ffff < bits { 0.0 } else { *x };
+    }
+}
+
+/// Number j becomes zero unless the hash of `key` and `start + j` is below `limit`.
+///
+/// The hash is Wellons' `lowbias32` of the place, the key entering before each of its two
+/// multiplications: so a place's fate depends on nothing else, and on no order.
+#[inline(always)]
+pub(super) fn keep_random(numbers: &mut [f32], key: [u32; 2], start: u32, limit: u32) {
+    for (j, x) in numbers.iter_mut().enumerate() {
+        let mut hash = start.wrapping_add(j as u32) ^ key[0];
+        hash = (hash ^ (hash >> 16)).wrapping_mul(0x7feb_352d);
+        hash = (hash ^ (hash >> 15)).wrapping_add(key[1]).wrapping_mul(0x846c_a68b);
+        hash ^= hash >> 16;
+        *x = if hash < limit { *x } else { 0.0 };
+    }
+}
+
+/// Each number is added to its total, and counted by its sign; a zero counts for neither.
+#[inline(always)]
+pub(super) fn vote(numbers: &[f32], totals: &mut [f64], up: &mut [u32], down: &mut [u32]) {
+    for (((&x, total), up), down) in numbers.iter().zip(totals).zip(up).zip(down) {
+        *total += f64::from(x);
+        *up += u32::from(x > 0.0);
+        *down += u32::from(x < 0.0);
+    }
+}
+
+/// `weight` times each number is added to its sum in `up` or in `down`, by the number's sign.
+#[inline(always)]
+pub(super) fn add_by_sign(numbers: &[f32], weight: f32, up: &mut [f32], down: &mut [f32]) {
+    for ((&x, up), down) in numbers.iter().zip(up).zip(down) {
+        *up = (if x > 0.0 { x } else { 0.0 }).mul_add(weight, *up);
+        *down = (if x < 0.0 { x } else { 0.0 }).mul_add(weight, *down);
+    }
+}
+
+/// The loops above for other registers.
+#[cfg(target_arch = "x86_64")]
+macro_rules! compiled_for {
+    ($module:ident, $features:literal) => {
+        pub(super) mod $module {
+            #[target_feature(enable = $features)]
+            pub(in super::super) fn keep_largest(numbers: &mut [f32], bits: u32) {
+                super::keep_largest(numbers, bits);
+            }
+
+            #[target_feature(enable = $features)]
+            pub(in super::super) fn keep_random(
+                numbers: &mut [f32],
+                key: [u32; 2],
+                start: u32,
+                limit: u32,
+            ) {
+                super::keep_random(numbers, key, start, limit);
+            }
+
+            #[target_feature(enable = $features)]
+            pub(in super::super) fn vote(
+                numbers: &[f32],
+                totals: &mut [f64],
+                up: &mut [u32],
+                down: &mut [u32],
+            ) {
+                super::vote(numbers, totals, up, down);
+            }
+
+            #[target_feature(enable = $features)]
+            pub(in super::super) fn add_by_sign(
+                numbers: &[f32],
+                weight: f32,
+                up: &mut [f32],
+                down: &mut [f32],
+            ) {
+                super::add_by_sign(numbers, weight, up, down);
+            }
+        }
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+compiled_for!(avx2, "avx2,fma");
+#[cfg(target_arch = "x86_64")]
+compiled_for!(avx512, "avx512f,avx512bw");

@@ -1,0 +1,325 @@
+//! `linear`, `ties`, `dare_linear`, `dare_ties` and `magnitude_prune`, as PEFT computes them: each
+//! factor on its own, thinned out before it is summed. [`Dense`] does the same with ΔW.
+//!
+//! With w the coefficient and s the strength, B is summed with √|w s| and A with sign(w s) √|w s|.
+//! A target that uses a single adapter takes it whole, whatever the rule; an adapter whose
+//! coefficient is zero has no vote.
+
+mod cut;
+mod dense;
+mod low;
+mod masks;
+mod sums;
+#[cfg(test)]
+mod tests;
+
+use std::path::PathBuf;
+
+use crate::{
+    Dtype, Io,
+    blocks::{Options, Plan},
+    error::{Error, Result},
+    joint::{Joint, Reader, Share, each_on_threads, joint_modules},
+    kernels::widest,
+    layout::Factor,
+    merge::cat::{create, put},
+    terms::Terms,
+    watch::Watch,
+    writer::Writer,
+};
+use cut::{Cut, Search};
+pub use dense::Dense;
+use masks::Masks;
+use sums::{Scheme, Sums};
+
+/// What becomes of the members before they are summed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rule {
+    /// Nothing.
+    Linear,
+    /// Only the largest numbers of each tensor stay.
+    MagnitudePrune,
+    /// As before; then only those of the sign that most have, and their mean in place of the sum.
+    Ties,
+    /// Random numbers stay, rescaled to stand for all.
+    DareLinear,
+    /// As before; then signs and mean as with `Ties`.
+    DareTies,
+}
+
+/// Which sign most have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Majority {
+    /// That of the sum of the members.
+    Total,
+    /// That of the greater number of members.
+    Frequency,
+}
+
+/// How members are thinned out.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Sparsity {
+    /// What is done.
+    pub rule: Rule,
+    /// The share of the numbers that stays, in (0, 1].
+    pub density: f64,
+    /// Which sign is elected.
+    pub majority: Majority,
+    /// Of the random numbers.
+    pub seed: u64,
+}
+
+impl Sparsity {
+    fn check(&self) -> Result<()> {
+        if self.rule == Rule::Linear || (self.density > 0.0 && self.density <= 1.0) {
+            return Ok(());
+        }
+        let text = format!(
+            "density is {}, expected a share of the numbers in (0, 1]; 1 keeps all",
+            self.density
+        );
+        Err(Error::Setting(text))
+    }
+
+    /// How many of `count` numbers stay where the largest do.
+    fn kept(&self, count: usize) -> usize {
+        (self.density * count as f64) as usize
+    }
+}
+
+/// The longest run of columns that is summed at a time, and about what its sums take, in bytes:
+/// they should stay in the L2 cache while the members go by.
+const LONGEST: usize = 8192;
+const SUMMED: usize = 256 << 10;
+
+/// Sums of thinned out factors.
+pub struct Sparse<'a> {
+    terms: &'a Terms<'a>,
+    joints: Vec<Joint>,
+    ranks: Vec<usize>,
+    sparsity: Sparsity,
+    masks: Masks,
+    options: Options,
+    plan: Plan,
+}
+
+/// One thread's buffers, kept from tensor to tensor.
+#[derive(Default)]
+struct Worker {
+    bytes: Vec<u8>,
+    numbers: Vec<f32>,
+    search: Search,
+    sums: Sums,
+    padded: Vec<f32>,
+}
+
+impl<'a> Sparse<'a> {
+    /// Prepare the sums of `terms`.
+    ///
+    /// # Errors
+    /// The density is out of range; a module has another rank in one adapter than in another; the
+    /// memory budget is too small.
+    pub fn new(terms: &'a Terms<'a>, sparsity: Sparsity, options: Options) -> Result<Self> {
+        sparsity.check()?;
+        let joints = joint_modules(&terms.adapters)?;
+        joints.iter().try_for_each(|joint| equal_ranks(terms, joint))?;
+        let masks = Masks::hashed(&terms.adapters, &sparsity);
+        let prunes = matches!(sparsity.rule, Rule::MagnitudePrune | Rule::Ties);
+        let columns = columns(terms.targets(), 1);
+        let need = |joint: &Joint| {
+            let rank = joint.module.rank;
+            let whole = rank * joint.columns().max(joint.outer);
+            let step = columns.max(rank).min(whole);
+            let read = if prunes { whole } else { step };
+            let bytes = if options.io == Io::Read { read * widest_type(terms, joint) } else { 0 };
+            let search = if prunes { Search::need(whole) } else { 0 };
+            bytes + 4 * read + search + step * (Sums::need(terms.targets()) + 8)
+        };
+        let need = joints.iter().map(need).max().unwrap_or(0);
+        let plan = Plan::of_modules(&terms.adapters, &joints, |_| 1, need, &options)?;
+        let ranks = ranks(terms, &joints);
+        let mut job = Self { terms, joints, ranks, sparsity, masks, options, plan };
+        job.plan.bytes = (0..2 * job.joints.len()).map(|unit| job.reads(unit)).sum();
+        Ok(job)
+    }
+
+    /// What the job will read and take.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// Each target's rank: the largest of its modules.
+    pub fn ranks(&self) -> &[usize] {
+        &self.ranks
+    }
+
+    /// Write one safetensors file of type `dtype` for each target, all of scaling 1; a module of
+    /// less than the target's rank has rows and columns of zeros at the end. None appears before
+    /// all are complete.
+    ///
+    /// # Errors
+    /// A file cannot be read or written, or changed meanwhile; a number is not finite; `watch`
+    /// said to stop.
+    pub fn write(&self, outputs: &[PathBuf], dtype: Dtype, watch: &Watch) -> Result<()> {
+        let options = &self.options;
+        let reader = Reader::open(&self.terms.adapters, options.io, options.allow_nan, watch)?;
+        let ranks = &self.ranks;
+        let writers = create(&self.joints, outputs, ranks, dtype)?;
+        let work = |worker: &mut Worker, unit: usize| {
+            self.merge(worker, unit, &reader, |(target, rank), start, numbers| {
+                let (index, factor) = (unit / 2, factor(unit));
+                let at = match factor {
+                    Factor::A => start,
+                    Factor::B => start / rank * ranks[target],
+                };
+                let checks = (dtype, options.allow_nan);
+                put(&self.joints, &writers[target], (index, factor), at, numbers, checks)
+            })
+        };
+        let units = 2 * self.joints.len();
+        each_on_threads(units, self.plan.threads, watch, Worker::default, work)?;
+        reader.still_unchanged()?;
+        writers.into_iter().try_for_each(Writer::finish)
+    }
+
+    /// How the members of a factor are weighted.
+    fn scheme(&self, unit: usize) -> Scheme {
+        Scheme::new(&self.sparsity, self.terms, &self.joints[unit / 2], |w, s| {
+            let root = (w * s).abs().sqrt();
+            if factor(unit) == Factor::A && w * s < 0.0 { -root } else { root }
+        })
+    }
+
+    /// The bytes that one factor of one module takes to read.
+    fn reads(&self, unit: usize) -> u64 {
+        let scheme = self.scheme(unit);
+        let size = |(holder, share): (usize, &Share)| {
+            let passes = u64::from(scheme.uses(holder)) + u64::from(scheme.cuts(holder));
+            passes * size(self.terms, share, factor(unit))
+        };
+        self.joints[unit / 2].holders.iter().enumerate().map(size).sum()
+    }
+
+    /// One factor of one module: `done` takes for each target and its rank here what begins at
+    /// some place, padded to the target's rank.
+    fn merge(
+        &self,
+        worker: &mut Worker,
+        unit: usize,
+        reader: &Reader<'_>,
+        done: impl Fn((usize, usize), usize, &[f32]) -> Result<()>,
+    ) -> Result<()> {
+        let (joint, factor, kernel) = (&self.joints[unit / 2], factor(unit), widest());
+        let Worker { bytes, numbers, search, sums, padded } = worker;
+        let scheme = self.scheme(unit);
+        let rank = joint.module.rank;
+        let count: usize = joint.shape(factor, rank).iter().product();
+        let kept = self.sparsity.kept(count);
+        let mut cuts = Vec::with_capacity(joint.holders.len());
+        for (holder, share) in joint.holders.iter().enumerate() {
+            cuts.push(if scheme.cuts(holder) {
+                numbers.resize(count.max(numbers.len()), 0.0);
+                reader.read(*share, factor, 0..count, bytes, numbers)?;
+                search.cut(kept, count, |visit| {
+                    visit(&numbers[..count]);
+                    Ok(())
+                })?
+            } else {
+                Cut::NONE
+            });
+        }
+        let targets = self.terms.targets();
+        let ranks = &self.ranks;
+        let step = columns(targets, if factor == Factor::B { rank } else { 1 });
+        for start in (0..count).step_by(step.max(1)) {
+            let range = start..count.min(start + step);
+            sums.clear(&scheme, range.len());
+            numbers.resize(range.len().max(numbers.len()), 0.0);
+            let numbers = &mut numbers[..range.len()];
+            for (holder, share) in joint.holders.iter().enumerate() {
+                if !scheme.uses(holder) {
+                    continue;
+                }
+                reader.read(*share, factor, range.clone(), bytes, numbers)?;
+                sums.add(&scheme, holder, numbers, |numbers| match self.sparsity.rule {
+                    Rule::Linear => {}
+                    Rule::MagnitudePrune | Rule::Ties => cuts[holder].apply(kernel, start, numbers),
+                    Rule::DareLinear | Rule::DareTies => {
+                        let (name, who) = (&joint.module.name, share.adapter);
+                        self.masks.apply(kernel, name, Some(factor), who, start, numbers);
+                    }
+                });
+            }
+            for target in (0..targets).filter(|target| scheme.has(*target)) {
+                let sum = sums.finish(&scheme, target);
+                if factor == Factor::A || ranks[target] == rank {
+                    done((target, rank), start, sum)?;
+                    continue;
+                }
+                padded.clear();
+                padded.resize(sum.len() / rank * ranks[target], 0.0);
+                for (to, from) in padded.chunks_mut(ranks[target]).zip(sum.chunks(rank)) {
+                    to[..rank].copy_from_slice(from);
+                }
+                done((target, rank), start, padded)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The largest rank of the modules that each target uses.
+fn ranks(terms: &Terms<'_>, joints: &[Joint]) -> Vec<usize> {
+    let uses = |target: usize, joint: &&Joint| {
+        let coefficient = |share: &Share| terms.coefficient(target, share.adapter, share.module);
+        joint.holders.iter().any(|share| coefficient(share) != 0.0)
+    };
+    let rank = |target: usize| {
+        let used = joints.iter().filter(|joint| uses(target, joint));
+        used.map(|joint| joint.module.rank).max().unwrap_or(1)
+    };
+    (0..terms.targets()).map(rank).collect()
+}
+
+/// The two factors of a module are worked on apart.
+fn factor(unit: usize) -> Factor {
+    if unit.is_multiple_of(2) { Factor::A } else { Factor::B }
+}
+
+/// The columns that are summed at a time, whole rows of `row`.
+fn columns(targets: usize, row: usize) -> usize {
+    let fits = (SUMMED / Sums::need(targets)).clamp(256, LONGEST);
+    (fits / row).max(1) * row
+}
+
+/// # Errors
+/// A module has another rank in one adapter than in another, so that its factors cannot be summed.
+fn equal_ranks(terms: &Terms<'_>, joint: &Joint) -> Result<()> {
+    let Some(odd) = joint.holders.iter().find(|share| share.rank != joint.module.rank) else {
+        return Ok(());
+    };
+    Err(Error::Shape {
+        path: terms.adapters[odd.adapter].path.clone(),
+        tensor: joint.module.tensor_name(Factor::A),
+        found: joint.shape(Factor::A, odd.rank),
+        other: terms.adapters[joint.holders[0].adapter].path.clone(),
+        expected: joint.shape(Factor::A, joint.module.rank),
+    })
+}
+
+/// The size of a factor in the file of one of a module's holders.
+fn size(terms: &Terms<'_>, share: &Share, factor: Factor) -> u64 {
+    let layout = &terms.adapters[share.adapter].layout;
+    let bytes = &layout.tensors[layout.modules[share.module].tensor(factor)].bytes;
+    bytes.end - bytes.start
+}
+
+/// The widest type that any holder has a module in, in bytes.
+fn widest_type(terms: &Terms<'_>, joint: &Joint) -> usize {
+    let types = joint.holders.iter().flat_map(|share| {
+        let layout = &terms.adapters[share.adapter].layout;
+        let module = &layout.modules[share.module];
+        [module.a, module.b].map(|tensor| layout.tensors[tensor].dtype.bytes())
+    });
+    types.max().unwrap_or(4)
+}
