@@ -1,4 +1,4 @@
-"""`cat` and `svd` against what PEFT 0.21.2 computed: its recorded cases, golden/README."""
+"""Every method against what PEFT 0.21.2 computed: its recorded cases, golden/README."""
 
 from __future__ import annotations
 
@@ -10,18 +10,27 @@ import pytest
 import reference
 
 from lorameta_rs import Bank
+from lorameta_rs.errors import InvalidSetting, LayoutMismatch
 from lorameta_rs.member import WEIGHTS
 from lorameta_rs.merge import Job, Options, merge
 
 GOLDEN = Path(__file__).parent / "golden" / "peft_combine"
+RECORDED = json.loads((GOLDEN / "manifest.json").read_text())["cases"]
 CASES = {
     case["id"]: case
-    for case in json.loads((GOLDEN / "manifest.json").read_text())["cases"]
+    for case in RECORDED
     # A clamp depends on the signs that a library gives to singular vectors; an adapter that is
     # named twice has one name and one weight here.
     if case["combination_type"] in ("cat", "svd")
     and not case.get("svd_clamp")
     and case["id"] != "x__duplicate_adapter"
+}
+
+
+PLAIN = {
+    case["id"]: case
+    for case in RECORDED
+    if case["combination_type"] in ("linear", "ties", "magnitude_prune")
 }
 
 
@@ -80,3 +89,52 @@ def test_svd_is_that_of_peft(bank, tmp_path, name):
         if got[module].shape != right.shape:
             right = right.T  # an embedding's, which PEFT turns around
         np.testing.assert_allclose(got[module], right, atol=1e-5 * abs(right).max())
+
+
+# In 16 bits many numbers are equally large, and `torch.topk` keeps any of them: the core's own test
+# allows for that. A density of 0, which keeps nothing, is refused. A name has one weight.
+SAME = [
+    name
+    for name, case in PLAIN.items()
+    if not name.startswith("x__")
+    and len(set(case["adapters"])) > 1
+    and case.get("density") != 0
+    and (case["combination_type"] == "linear" or "h_r8_bf16" not in case["adapters"])
+]
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_factors_are_combined_as_peft_does(bank, tmp_path, name):
+    case = PLAIN[name]
+    options = {"density": case["density"]} if case["combination_type"] != "linear" else {}
+    if sign := case.get("majority_sign_method"):
+        options["majority_sign"] = sign
+    got = products(combined(bank, case, tmp_path / "out", **options))
+    want = products(reference.read(GOLDEN / case["tensors"])[0])
+    assert got.keys() == want.keys()
+    for module, product in want.items():
+        np.testing.assert_allclose(got[module], product, atol=2e-6 * max(abs(product).max(), 1e-9))
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "dare_linear", "magnitude_prune"])
+def test_ranks_that_peft_cannot_stack_are_refused_with_a_way_out(bank, tmp_path, method):
+    case = {"adapters": ["a_r8", "e_r16"], "weights": [0.5, 0.5], "combination_type": method}
+    options = {} if method == "linear" else {"density": 0.5}
+    with pytest.raises(LayoutMismatch, match="sum those by `svd` or `cat`"):
+        combined(bank, case, tmp_path / "out", **options)
+
+
+def test_the_same_seed_gives_the_same_bytes_on_any_threads(bank, tmp_path):
+    case = {"adapters": ["a_r8", "b_r8"], "weights": [0.5, 0.5], "combination_type": "dare_ties"}
+    found = []
+    for i, (seed, threads) in enumerate([(1, 1), (1, 3), (2, 1)]):
+        out = tmp_path / str(i)
+        combined(bank, case, out, density=0.5, seed=seed, threads=threads)
+        found.append((out / WEIGHTS).read_bytes())
+    assert found[0] == found[1] != found[2]
+
+
+def test_dense_forms_say_what_they_take(bank, tmp_path):
+    case = {"adapters": ["a_r8", "b_r8"], "weights": [0.5, 0.5], "combination_type": "ties_svd"}
+    with pytest.raises(InvalidSetting, match=r"budget is 0 MiB, .* at least \d+ MiB.*--memory"):
+        combined(bank, case, tmp_path / "out", density=0.5, memory=1000)
