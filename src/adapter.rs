@@ -48,6 +48,10 @@ impl Adapter {
     /// # Errors
     /// The file cannot be read, is not safetensors, or holds something else than LoRA factors.
     pub fn open(path: &Path) -> Result<Self> {
+        Self::read(path, false)
+    }
+
+    fn read(path: &Path, drop_unsupported: bool) -> Result<Self> {
         let invalid = |reason| Error::File { path: path.to_owned(), reason };
         // Asked before opening: opening a FIFO would wait for a writer.
         let metadata = std::fs::metadata(path).at(path)?;
@@ -61,20 +65,18 @@ impl Adapter {
         if tensors.is_empty() {
             return Err(invalid("holds no tensor".to_owned()));
         }
-        let layout = Layout::of(tensors, notes).map_err(|fault| Error::Tensor {
-            path: path.to_owned(),
-            tensor: fault.tensor,
-            reason: fault.reason,
+        let layout = Layout::of(tensors, notes, drop_unsupported).map_err(|fault| {
+            Error::Tensor { path: path.to_owned(), tensor: fault.tensor, reason: fault.reason }
         })?;
         Ok(Self { path: path.to_owned(), layout: Arc::new(layout), stamp })
     }
 
     /// Open many adapters in parallel; those with the same layout share it. The answers are in the
-    /// order of `paths`.
-    pub fn open_all(paths: &[PathBuf]) -> Vec<Result<Self>> {
+    /// order of `paths`. `drop_unsupported` leaves out tensors that belong to more than plain LoRA.
+    pub fn open_all(paths: &[PathBuf], drop_unsupported: bool) -> Vec<Result<Self>> {
         let layouts = Mutex::new(HashSet::<Arc<Layout>>::new());
         let open = |path: &PathBuf| {
-            let mut adapter = Self::open(path)?;
+            let mut adapter = Self::read(path, drop_unsupported)?;
             let mut known = layouts.lock().unwrap_or_else(PoisonError::into_inner);
             match known.get(&adapter.layout) {
                 Some(layout) => adapter.layout = Arc::clone(layout),
@@ -128,7 +130,8 @@ mod tests {
         let same = Spec::default();
         let other = Spec { rank: 3, ..Spec::default() };
         let paths = [same.write(&folder, "a"), same.write(&folder, "b"), other.write(&folder, "c")];
-        let opened: Vec<_> = Adapter::open_all(&paths).into_iter().map(Result::unwrap).collect();
+        let opened: Vec<_> =
+            Adapter::open_all(&paths, false).into_iter().map(Result::unwrap).collect();
         assert!(Arc::ptr_eq(&opened[0].layout, &opened[1].layout));
         assert!(!Arc::ptr_eq(&opened[0].layout, &opened[2].layout));
     }

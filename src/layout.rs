@@ -81,11 +81,24 @@ pub(crate) struct Fault {
 }
 
 impl Layout {
-    /// Pair the tensors up.
+    /// Pair the tensors up; `drop` leaves out those that belong to more than plain LoRA.
     ///
     /// # Errors
     /// The first tensor that is no LoRA factor, lacks its other half, or does not fit it.
-    pub(crate) fn of(tensors: Vec<Tensor>, mut notes: Vec<String>) -> Result<Self, Fault> {
+    pub(crate) fn of(
+        mut tensors: Vec<Tensor>,
+        mut notes: Vec<String>,
+        drop: bool,
+    ) -> Result<Self, Fault> {
+        if drop {
+            let (left_out, kept): (Vec<_>, Vec<_>) =
+                tensors.into_iter().partition(|tensor| is_beyond_plain(&tensor.name));
+            if let Some(first) = left_out.first() {
+                let (count, first) = (left_out.len(), Quoted(&first.name));
+                notes.push(format!("{count} tensors beyond plain LoRA left out, first {first}"));
+            }
+            tensors = kept;
+        }
         let mut halves: BTreeMap<(String, Kind), [Option<usize>; 2]> = BTreeMap::new();
         let mut unprefixed = false;
         let mut adapter_name = None;
@@ -232,6 +245,18 @@ fn not_a_factor(path: &str) -> String {
     format!("is {kind}")
 }
 
+/// Whether a tensor is a part of an adapter that is more than plain LoRA: a DoRA magnitude, a bias,
+/// a weight of the model itself, or a trained token.
+fn is_beyond_plain(name: &str) -> bool {
+    let other_format = name.contains("lora_down") || name.contains("lora_up");
+    let of_model = name.ends_with(".weight") || name.ends_with(".bias");
+    Part::of(name).is_none()
+        && !other_format
+        && (of_model
+            || name.contains("lora_magnitude_vector")
+            || name.contains("trainable_tokens_delta"))
+}
+
 /// Whether a module's name looks made to be used as something else.
 fn suspicious(name: &str) -> bool {
     name.contains("../") || name.contains(char::is_control)
@@ -248,7 +273,8 @@ mod tests {
 
     fn layout(tensors: &[(&str, &[usize])]) -> Result<Layout, String> {
         let tensors = tensors.iter().map(|(name, shape)| tensor(name, shape)).collect();
-        Layout::of(tensors, vec![]).map_err(|fault| format!("{}: {}", fault.tensor, fault.reason))
+        Layout::of(tensors, vec![], false)
+            .map_err(|fault| format!("{}: {}", fault.tensor, fault.reason))
     }
 
     #[test]
@@ -274,6 +300,27 @@ mod tests {
                 .unwrap();
         assert_eq!(layout.modules[0].tensor_name(Factor::A), "base_model.model.q.lora_A.weight");
         assert!(layout.notes[0].contains(PREFIX) && layout.notes[1].contains("`default`"));
+    }
+
+    #[test]
+    fn what_is_beyond_plain_lora_can_be_left_out() {
+        let beyond = [
+            "m.q.lora_magnitude_vector",
+            "m.q.lora_B.bias",
+            "m.q.bias",
+            "lm_head.weight",
+            "m.embed.token_adapter.trainable_tokens_delta",
+        ];
+        let factors = [("m.q.lora_A.weight", [2, 4]), ("m.q.lora_B.weight", [6, 2])];
+        let mut tensors: Vec<_> = beyond.iter().map(|name| tensor(name, &[6])).collect();
+        tensors.extend(factors.iter().map(|(name, shape)| tensor(name, shape)));
+        let layout = Layout::of(tensors.clone(), vec![], true).ok().unwrap();
+        assert_eq!((layout.modules.len(), layout.tensors.len()), (1, 2));
+        assert!(layout.notes[0].contains("5 tensors beyond plain LoRA left out"));
+        assert!(Layout::of(tensors, vec![], false).is_err());
+        for foreign in ["x.lora_down.weight", "x.lora_a", "mystery"] {
+            assert!(Layout::of(vec![tensor(foreign, &[6, 2])], vec![], true).is_err());
+        }
     }
 
     #[test]

@@ -131,8 +131,13 @@ impl From<&Plan> for PyPlan {
 }
 
 #[pyfunction]
-fn open_adapters<'py>(py: Python<'py>, paths: Vec<PathBuf>) -> PyResult<Vec<Bound<'py, PyAny>>> {
-    let opened = py.detach(|| Adapter::open_all(&paths));
+#[pyo3(signature = (paths, drop_unsupported=false))]
+fn open_adapters<'py>(
+    py: Python<'py>,
+    paths: Vec<PathBuf>,
+    drop_unsupported: bool,
+) -> PyResult<Vec<Bound<'py, PyAny>>> {
+    let opened = py.detach(|| Adapter::open_all(&paths, drop_unsupported));
     let one = |opened| match opened {
         Ok(adapter) => Ok(Bound::new(py, PyAdapter(adapter))?.into_any()),
         Err(error) => Ok(to_python(py, error).into_value(py).into_bound(py).into_any()),

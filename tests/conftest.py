@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,9 @@ from lorameta_rs.cli import run
 
 hypothesis.settings.register_profile("lorameta", deadline=None)
 hypothesis.settings.load_profile("lorameta")
+
+# A shell starts what it puts into the background deaf to Ctrl-C, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GOLDEN = Path(__file__).parent / "golden"
 ATTENTION = {

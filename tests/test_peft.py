@@ -138,3 +138,32 @@ def test_dense_forms_say_what_they_take(bank, tmp_path):
     case = {"adapters": ["a_r8", "b_r8"], "weights": [0.5, 0.5], "combination_type": "ties_svd"}
     with pytest.raises(InvalidSetting, match=r"budget is 0 MiB, .* at least \d+ MiB.*--memory"):
         combined(bank, case, tmp_path / "out", density=0.5, memory=1000)
+
+
+def test_factors_alone_are_taken_of_what_is_more(tmp_path, lorameta):
+    adapters = GOLDEN / "adapters"
+    weights = ("--weights", "s_dora=0.5", "--weights", "s_head_saved=0.25")
+    status, _, err = lorameta("merge", adapters, *weights, "-o", tmp_path / "out")
+    assert status == 1
+    assert "--drop-unsupported takes its factors alone" in err
+    status, _, err = lorameta(
+        "merge", adapters, *weights, "-o", tmp_path / "out", "--drop-unsupported", "--method", "cat"
+    )
+    assert status == 0
+    assert "`s_dora`: `use_dora` is true, and is left out" in err
+    assert "`s_head_saved`: `modules_to_save` is a list, and is left out" in err
+    got = products(reference.read(tmp_path / "out" / WEIGHTS)[0])
+    members = {member.name: member for member in Bank(adapters, drop_unsupported=True).members}
+    for name, weight in (("s_dora", 0.5), ("s_head_saved", 0.25)):
+        own = products(
+            {n: t for n, t in reference.read(adapters / name / WEIGHTS)[0].items() if "lora_" in n}
+        )
+        for module, product in own.items():
+            scaling = dict(
+                zip((m.name for m in members[name].modules), members[name].scalings, strict=True)
+            )[module]
+            got[module] = got[module] - weight * scaling * product
+    assert max(abs(rest).max() for rest in got.values()) < 1e-6
+    again = tmp_path / "again"
+    assert lorameta("merge", "--repeat", tmp_path / "out" / "lorameta.json", "-o", again)[0] == 0
+    assert (again / WEIGHTS).read_bytes() == (tmp_path / "out" / WEIGHTS).read_bytes()

@@ -45,6 +45,7 @@ def test_of_a_dataset(folder, dataset, tmp_path):
     assert record["settings"] == {
         "bank": str(folder),
         "base_model": "base",
+        "drop_unsupported": False,
         "dtype": "bfloat16",
         "allow_nan": False,
         "rank": None,
@@ -88,6 +89,7 @@ def test_of_weights(folder, tmp_path):
     assert record.settings == {
         "bank": str(folder),
         "base_model": "base",
+        "drop_unsupported": False,
         "dtype": "float32",
         "allow_nan": True,
         "rank": None,

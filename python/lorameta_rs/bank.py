@@ -53,6 +53,7 @@ class Bank:
         fingerprints: str | os.PathLike[str] | None = None,
         columns: Sequence[str] | str | None = None,
         exclude: Sequence[str] | str = (),
+        drop_unsupported: bool = False,
     ) -> None:
         """Read the configuration and header of every adapter in `folder`.
 
@@ -64,12 +65,15 @@ class Bank:
             columns: The fields of the members' datasets to use; without them, what a member's
                 fingerprint was made from, else those that are recognised.
             exclude: Members to leave out; names, or patterns such as `task1*`.
+            drop_unsupported: Take the factors alone of members that are more than plain LoRA:
+                DoRA, biases, whole weights, trained tokens.
 
         Raises:
             MissingFile, UnreadableFile: The folder cannot be read.
             InvalidBank: No member can be used, or `bank.toml` is broken.
         """
         self.folder = Path(folder)
+        self.drop_unsupported = drop_unsupported
         self.columns = None if columns is None else _several(columns)
         self._fingerprints_folder = None if fingerprints is None else Path(fingerprints)
         self._kept = BankFingerprints(self, self._fingerprints_folder)
@@ -94,7 +98,8 @@ class Bank:
             self.left_out[name] = InvalidBank(
                 f"`{self.folder / name}`: the folder's name is not UTF-8; give it another"
             )
-        for one, opened in zip(folders, open_members(folders), strict=True):
+        opened_members = open_members(folders, drop_unsupported)
+        for one, opened in zip(folders, opened_members, strict=True):
             if isinstance(opened, Member):
                 self.members.append(opened)
                 self.notes += [f"`{opened.name}`: {note}" for note in opened.notes]

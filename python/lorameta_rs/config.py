@@ -49,6 +49,13 @@ _NOT_PLAIN_LORA = {
     "kasa_config": "KaSA has singular values beside B and A",
 }
 
+# Those that can be left out of an adapter, so that its factors alone remain. The others make the
+# factors themselves something else.
+_DROPPABLE = (
+    *("use_dora", "lora_bias", "bias", "modules_to_save"),
+    *("trainable_token_indices", "alora_invocation_tokens"),
+)
+
 # Initialisations that take their first A and B out of the base's weights.
 _CHANGES_THE_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
 
@@ -90,11 +97,12 @@ class AdapterConfig:
     warnings: tuple[str, ...] = ()
 
     @classmethod
-    def load(cls, source: str | os.PathLike[str]) -> AdapterConfig:
+    def load(cls, source: str | os.PathLike[str], drop_unsupported: bool = False) -> AdapterConfig:
         """Read an adapter's configuration.
 
         Args:
             source: The adapter's folder, or the file itself.
+            drop_unsupported: Take what is more than plain LoRA as if it were not there, and warn.
 
         Raises:
             MissingFile: There is no such file.
@@ -102,7 +110,7 @@ class AdapterConfig:
             InvalidAdapter: It is not a configuration, or not one of a plain LoRA adapter.
         """
         path, data = _read(Path(source))
-        fields = _Fields(path, data)
+        fields = _Fields(path, data, drop_unsupported)
         return cls(
             path=path,
             peft_type=fields.peft_type(),
@@ -249,8 +257,9 @@ def _parse(path: Path, data: bytes) -> tuple[dict[str, object], list[str]]:
 class _Fields:
     """The fields of one file, taken out one by one; every complaint names file and field."""
 
-    def __init__(self, path: Path, data: bytes) -> None:
+    def __init__(self, path: Path, data: bytes, drop_unsupported: bool) -> None:
         self.path = path
+        self.drop_unsupported = drop_unsupported
         self.warnings: list[str] = []
         self.fields, repeated = _parse(path, data)
         if data.startswith(codecs.BOM_UTF8):
@@ -371,10 +380,15 @@ class _Fields:
             f"`{self.path}`: `{name}` is {_shown(value)}, expected {expected}\n{hint}"
         )
 
-    def _not_plain(self, name: str, value: object, reason: str) -> NoReturn:
+    def _not_plain(self, name: str, value: object, reason: str) -> None:
+        droppable = name in _DROPPABLE
+        if droppable and self.drop_unsupported:
+            self.warnings.append(f"`{name}` is {_shown(value)}, and is left out: {reason}")
+            return
         raise InvalidAdapter(
             f"`{self.path}`: `{name}` is {_shown(value)}, which cannot be merged: {reason}\n"
             "leave this adapter out, or train it as plain LoRA"
+            + ("; --drop-unsupported takes its factors alone" if droppable else "")
         )
 
 

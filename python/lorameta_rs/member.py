@@ -56,11 +56,19 @@ class Member:
         return (*self.config.warnings, *self.adapter.layout.notes, *pickle)
 
 
-def open_members(folders: Sequence[Path]) -> list[Member | LoraMetaError]:
-    """Each folder's adapter, or what is wrong with it; the headers are read in parallel."""
-    found: list[Member | LoraMetaError | AdapterConfig] = [_config(folder) for folder in folders]
+def open_members(
+    folders: Sequence[Path], drop_unsupported: bool = False
+) -> list[Member | LoraMetaError]:
+    """Each folder's adapter, or what is wrong with it; the headers are read in parallel.
+
+    `drop_unsupported` takes the factors alone of adapters that are more than plain LoRA.
+    """
+    found: list[Member | LoraMetaError | AdapterConfig] = [
+        _config(folder, drop_unsupported) for folder in folders
+    ]
     sound = [i for i, config in enumerate(found) if isinstance(config, AdapterConfig)]
-    opened = _core.open_adapters([os.fspath(folders[i] / WEIGHTS) for i in sound])
+    paths = [os.fspath(folders[i] / WEIGHTS) for i in sound]
+    opened = _core.open_adapters(paths, drop_unsupported)
     for i, adapter in zip(sound, opened, strict=True):
         config = found[i]
         assert isinstance(config, AdapterConfig)
@@ -72,12 +80,12 @@ def open_members(folders: Sequence[Path]) -> list[Member | LoraMetaError]:
     return [one for one in found if not isinstance(one, AdapterConfig)]
 
 
-def _config(folder: Path) -> AdapterConfig | LoraMetaError:
+def _config(folder: Path, drop_unsupported: bool) -> AdapterConfig | LoraMetaError:
     """The configuration of a folder that has weights, or what is wrong."""
     try:
         if not os.path.lexists(folder / WEIGHTS):
             raise InvalidAdapter(_without_weights(folder))
-        return AdapterConfig.load(folder)
+        return AdapterConfig.load(folder, drop_unsupported)
     except LoraMetaError as error:
         return error
 

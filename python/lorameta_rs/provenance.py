@@ -182,6 +182,7 @@ def provenance(
     settings: dict[str, Any] = {
         "bank": str(bank.folder.absolute()),
         "base_model": bank.base_model,
+        "drop_unsupported": bank.drop_unsupported,
         **{name: getattr(options, name) for name in OF_RESULT},
     }
     if job.modules:

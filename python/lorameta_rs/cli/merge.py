@@ -243,7 +243,8 @@ def _repeated(
     settings = record.settings
     base = arguments["base_model"] or settings["base_model"] or ANY_BASE
     folder = bank or Path(settings["bank"])
-    opened = options.bank_from(folder, arguments | {"base_model": base})
+    drop = settings.get("drop_unsupported", False)
+    opened = options.bank_from(folder, arguments | {"base_model": base, "drop_unsupported": drop})
     opened.require(record.coefficients)
     for name in record.coefficients:
         if name not in opened.names:

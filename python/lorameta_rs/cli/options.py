@@ -63,6 +63,11 @@ def bank(function: Command) -> Command:
             "--exclude", metavar="PATTERN", multiple=True, help="Leave members out, by name."
         ),
         click.option(
+            "--drop-unsupported",
+            is_flag=True,
+            help="Take A and B alone of members that have more: DoRA, biases, whole weights.",
+        ),
+        click.option(
             "--fingerprints",
             type=PATH,
             metavar="DIR",
@@ -108,7 +113,7 @@ def settings(function: Command) -> Command:
 
 
 SETTINGS = ("metric", "pipeline", "temperature", "top_k", "mass", "min_similarity")
-BANK = ("base_model", "exclude", "fingerprints")
+BANK = ("base_model", "exclude", "fingerprints", "drop_unsupported")
 
 
 def settings_from(arguments: dict[str, Any]) -> Settings:
