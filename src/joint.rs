@@ -160,7 +160,9 @@ impl<'a> Reader<'a> {
         let numbers = &mut numbers[..range.len()];
         (widest().widen)(tensor.dtype, read, numbers);
         source.release(&place);
+        // Without a branch first, so that the loop is widened.
         if !self.allow_nan
+            && !numbers.iter().fold(true, |all, number| all & number.is_finite())
             && let Some(&number) = numbers.iter().find(|number| !number.is_finite())
         {
             return Err(Error::NotFinite {

@@ -42,6 +42,8 @@ type Vote = fn(numbers: &[f32], totals: &mut [f64], up: &mut [u32], down: &mut [
 #[derive(Clone, Copy)]
 pub(crate) struct Sparse {
     pub(crate) keep_largest: fn(numbers: &mut [f32], bits: u32),
+    pub(crate) count: fn(numbers: &[f32], bits: u32) -> usize,
+    pub(crate) collect: fn(numbers: &[f32], low: u32, high: u32, found: &mut Vec<u32>),
     pub(crate) keep_random: fn(numbers: &mut [f32], key: [u32; 2], start: u32, limit: u32),
     pub(crate) vote: Vote,
     pub(crate) add_by_sign: fn(numbers: &[f32], weight: f32, up: &mut [f32], down: &mut [f32]),
@@ -56,6 +58,8 @@ pub fn available() -> Vec<Kernel> {
         widen: scalar::widen,
         sparse: Sparse {
             keep_largest: sparse::keep_largest,
+            count: sparse::count,
+            collect: sparse::collect,
             keep_random: sparse::keep_random,
             vote: sparse::vote,
             add_by_sign: sparse::add_by_sign,
@@ -79,6 +83,12 @@ pub fn available() -> Vec<Kernel> {
                     // SAFETY: as above, here and in what follows.
                     keep_largest: |numbers, bits| unsafe {
                         sparse::avx2::keep_largest(numbers, bits)
+                    },
+                    // SAFETY: as above.
+                    count: |numbers, bits| unsafe { sparse::avx2::count(numbers, bits) },
+                    // SAFETY: as above.
+                    collect: |numbers, low, high, found| unsafe {
+                        sparse::avx2::collect(numbers, low, high, found)
                     },
                     // SAFETY: as above.
                     keep_random: |numbers, key, start, limit| unsafe {
@@ -110,6 +120,12 @@ pub fn available() -> Vec<Kernel> {
                     // SAFETY: as above, here and in what follows.
                     keep_largest: |numbers, bits| unsafe {
                         sparse::avx512::keep_largest(numbers, bits)
+                    },
+                    // SAFETY: as above.
+                    count: |numbers, bits| unsafe { sparse::avx512::count(numbers, bits) },
+                    // SAFETY: as above.
+                    collect: |numbers, low, high, found| unsafe {
+                        sparse::avx512::collect(numbers, low, high, found)
                     },
                     // SAFETY: as above.
                     keep_random: |numbers, key, start, limit| unsafe {
@@ -213,7 +229,13 @@ mod tests {
                     (loops.add_by_sign)(&kept, 0.3, &mut plus, &mut minus);
                     (loops.keep_random)(&mut kept, [5, 6], u32::MAX - 9, 3 << 30);
                     let random = kept.clone();
+                    let count = (loops.count)(&kept, 2f32.to_bits());
                     (loops.keep_largest)(&mut kept, 2f32.to_bits());
+                    assert_eq!(count, kept.iter().filter(|x| **x != 0.0).count());
+                    let mut found = vec![];
+                    (loops.collect)(&random, 1, 4f32.to_bits(), &mut found);
+                    let inside = |x: &&f32| **x != 0.0 && x.abs() < 4.0;
+                    assert_eq!(found.len(), random.iter().filter(inside).count());
                     (kept, random, plus, minus, totals, up, down)
                 };
                 assert_eq!(all(kernel.sparse), all(available()[0].sparse), "{}", kernel.name);

@@ -9,6 +9,26 @@ pub(super) fn keep_largest(numbers: &mut [f32], bits: u32) {
     }
 }
 
+/// How many numbers have bits without the sign of `bits` or above.
+#[inline(always)]
+pub(super) fn count(numbers: &[f32], bits: u32) -> usize {
+    let one = |x: &f32| u32::from(x.to_bits() & 0x7fff_ffff >= bits);
+    numbers.chunks(1 << 20).map(|part| part.iter().map(one).sum::<u32>() as usize).sum()
+}
+
+/// The bits without the sign of those numbers that have them in `low..high`, which are few.
+#[inline(always)]
+pub(super) fn collect(numbers: &[f32], low: u32, high: u32, found: &mut Vec<u32>) {
+    for part in numbers.chunks(64) {
+        let bits = |x: &f32| x.to_bits() & 0x7fff_ffff;
+        let inside = |bits: u32| bits.wrapping_sub(low) < high - low;
+        // Looked for without a branch first, so that the loop is widened.
+        if part.iter().fold(0, |any, x| any | u32::from(inside(bits(x)))) != 0 {
+            found.extend(part.iter().map(bits).filter(|bits| inside(*bits)));
+        }
+    }
+}
+
 /// Number j becomes zero unless the hash of `key` and `start + j` is below `limit`.
 ///
 /// The hash is Wellons' `lowbias32` of the place, the key entering before each of its two
@@ -51,6 +71,21 @@ macro_rules! compiled_for {
             #[target_feature(enable = $features)]
             pub(in super::super) fn keep_largest(numbers: &mut [f32], bits: u32) {
                 super::keep_largest(numbers, bits);
+            }
+
+            #[target_feature(enable = $features)]
+            pub(in super::super) fn count(numbers: &[f32], bits: u32) -> usize {
+                super::count(numbers, bits)
+            }
+
+            #[target_feature(enable = $features)]
+            pub(in super::super) fn collect(
+                numbers: &[f32],
+                low: u32,
+                high: u32,
+                found: &mut Vec<u32>,
+            ) {
+                super::collect(numbers, low, high, found);
             }
 
             #[target_feature(enable = $features)]

@@ -132,7 +132,7 @@ impl<'a> Sparse<'a> {
             let step = columns.max(rank).min(whole);
             let read = if prunes { whole } else { step };
             let bytes = if options.io == Io::Read { read * widest_type(terms, joint) } else { 0 };
-            let search = if prunes { Search::need(whole) } else { 0 };
+            let search = if prunes { Search::need_here(whole) } else { 0 };
             bytes + 4 * read + search + step * (Sums::need(terms.targets()) + 8)
         };
         let need = joints.iter().map(need).max().unwrap_or(0);
@@ -220,10 +220,7 @@ impl<'a> Sparse<'a> {
             cuts.push(if scheme.cuts(holder) {
                 numbers.resize(count.max(numbers.len()), 0.0);
                 reader.read(*share, factor, 0..count, bytes, numbers)?;
-                search.cut(kept, count, |visit| {
-                    visit(&numbers[..count]);
-                    Ok(())
-                })?
+                search.cut_here(kernel, kept, &numbers[..count])?
             } else {
                 Cut::NONE
             });

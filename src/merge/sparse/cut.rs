@@ -17,6 +17,9 @@ const LEVELS: [u32; 3] = [12, 10, 9];
 /// So many candidates are collected and sorted out; more are counted by their next bits.
 pub(super) const CANDIDATES: usize = 1 << 20;
 
+/// How many numbers give the first guesses.
+const SAMPLE: usize = 256;
+
 /// What a search holds, kept from one to the next.
 #[derive(Default)]
 pub(super) struct Search {
@@ -25,9 +28,14 @@ pub(super) struct Search {
 }
 
 impl Search {
-    /// What a search among `count` numbers takes at most, in bytes.
+    /// What `cut` takes among `count` numbers at most, in bytes.
     pub(super) fn need(count: usize) -> usize {
         (8 << LEVELS[0]) + 4 * count.min(CANDIDATES)
+    }
+
+    /// And `cut_here`; where all numbers are equal, all are candidates.
+    pub(super) fn need_here(count: usize) -> usize {
+        (8 << LEVELS[0]) + 8 * count // as a vector grows
     }
 
     /// The cut that keeps the `kept` largest of `count` numbers, ties by the lowest place. `each`
@@ -105,6 +113,62 @@ impl Search {
         Ok(Cut { bits: prefix, end })
     }
 
+    /// The same for numbers that are all at hand: their magnitudes are counted above a guess, which
+    /// takes much less than to sort them into a table. A sample gives the first guesses.
+    pub(super) fn cut_here(&mut self, kernel: Kernel, kept: usize, numbers: &[f32]) -> Result<Cut> {
+        let count = numbers.len();
+        if count < 16 * SAMPLE || kept == 0 || kept >= count {
+            return self.cut(kept, count, |visit| {
+                visit(numbers);
+                Ok(())
+            });
+        }
+        let sample = &mut self.candidates;
+        sample.clear();
+        sample.extend(numbers.iter().step_by(count / SAMPLE).map(|x| magnitude(*x)));
+        sample.sort_unstable_by(|a, b| b.cmp(a));
+        let share = kept as f64 / count as f64;
+        let middle = share * sample.len() as f64;
+        let spread = 2.5 * (middle * (1.0 - share)).sqrt() + 1.0;
+        let at = |place: f64| sample[(place.max(0.0) as usize).min(sample.len() - 1)];
+        let mut guesses = [at(middle + spread), at(middle - spread)];
+        // `most` are of `low` or above, which is enough; `least` of `high`, which is too few.
+        let (mut low, mut high) = (0, 1 << 31);
+        let (mut most, mut least) = (count, 0);
+        for _ in 0..4 {
+            for bits in guesses {
+                if bits > low && bits < high {
+                    let found = (kernel.sparse.count)(numbers, bits);
+                    if found >= kept {
+                        (low, most) = (bits, found);
+                    } else {
+                        (high, least) = (bits, found);
+                    }
+                }
+            }
+            // Between near magnitudes others lie about evenly.
+            let between = (most - least) as f64;
+            let spread = 1.3 * between.sqrt() + 1.0;
+            guesses = [spread, -spread].map(|off| {
+                let part = (most as f64 - kept as f64 - off) / between;
+                low + (f64::from(high - low) * part.clamp(0.0, 1.0)) as u32
+            });
+        }
+        let candidates = &mut self.candidates;
+        candidates.clear();
+        (kernel.sparse.collect)(numbers, low, high, candidates);
+        let mut left = kept - least;
+        let (above, nth, _) = candidates.select_nth_unstable_by(left - 1, |a, b| b.cmp(a));
+        let bits = *nth;
+        left -= above.iter().filter(|above| **above > bits).count();
+        if candidates.iter().filter(|other| **other == bits).count() == left {
+            return Ok(Cut { bits, end: usize::MAX });
+        }
+        let tied = numbers.iter().enumerate().filter(|(_, x)| magnitude(**x) == bits);
+        let end = tied.map(|(j, _)| j + 1).nth(left - 1).unwrap_or(usize::MAX);
+        Ok(Cut { bits, end })
+    }
+
     /// The magnitude that is number `left` from the top among the `count` that begin with `prefix`,
     /// and how many are equal to it; `left` becomes its rank among those.
     fn nth(
@@ -173,6 +237,7 @@ mod tests {
             cut.apply(widest(), 5 * i, part);
         }
         assert_eq!(got, expected, "{kept}: {cut:?}");
+        assert_eq!(Search::default().cut_here(widest(), kept, numbers).unwrap(), cut);
     }
 
     proptest! {
@@ -186,6 +251,31 @@ mod tests {
             check(&few, (share * few.len() as f64) as usize);
             check(&many, (share * many.len() as f64) as usize);
             check(&few, few.len());
+        }
+    }
+
+    #[test]
+    fn guesses_come_to_the_same() {
+        let mut state = 1u32;
+        let mut next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+        };
+        let even: Vec<f32> = (0..5001).map(|_| next()).collect();
+        let shapes: [fn(f32) -> f32; 5] = [
+            |x| x,
+            |x| x.powi(9),
+            |x| (x * 20.0).round(),
+            |x| if x > 0.9 { x * 1e30 } else { 0.0 },
+            |_| 0.25,
+        ];
+        for shape in shapes {
+            let mut numbers: Vec<f32> = even.iter().map(|x| shape(*x)).collect();
+            for kept in [1, 2, 40, 500, 1000, 2500, 4000, 4999, 5000] {
+                check(&numbers, kept);
+            }
+            numbers.sort_by(f32::total_cmp);
+            check(&numbers, 1000);
         }
     }
 

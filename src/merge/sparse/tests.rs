@@ -432,7 +432,7 @@ const RULES: [Rule; 5] =
     [Rule::Linear, Rule::MagnitudePrune, Rule::Ties, Rule::DareLinear, Rule::DareTies];
 
 #[test]
-fn targets_threads_and_budgets_change_no_bit() {
+fn targets_and_threads_change_no_bit() {
     let spec = |seed| Spec { inner: 3001, outer: 2003, rank: 5, seed, ..Spec::default() };
     let case = Case::new(&(0..5).map(spec).collect::<Vec<_>>());
     // All vote; the same with other weights; without one; one alone.
