@@ -77,7 +77,8 @@ impl<'a> Dense<'a> {
             let search = if prunes { Search::need(rows * columns) } else { 0 };
             let sums = block * (4 + Sums::need(terms.targets()));
             let low = low::need(rows, columns, rank) + 16 * rank * (rows + columns);
-            4 * rows * columns * terms.targets() + (factors + search + sums).max(low)
+            // Buffers are kept from module to module, also while a sum is decomposed.
+            4 * rows * columns * terms.targets() + factors + search + sums + low
         };
         let need = joints.iter().map(need).max().unwrap_or(0);
         let plan = Plan::of_modules(&terms.adapters, &joints, |_| 1, need, &options)?;
