@@ -90,7 +90,7 @@ class Options:
     dtype: str = "float32"
     """One of `DTYPES`: the type of the tensors that are written."""
     threads: int = 0
-    """Worker threads; 0 for one a core."""
+    """Worker threads; 0 for one a core, or two where a disk may have to be waited for."""
     memory: int = MEMORY
     """The budget for what the merge allocates and keeps mapped, in bytes."""
     io: str = "read"

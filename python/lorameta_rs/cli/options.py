@@ -29,7 +29,10 @@ PATH = click.Path(path_type=Path)
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 threads = click.option(
-    "--threads", type=click.IntRange(0, 1024), default=0, help="Worker threads; 0 for one a core."
+    "--threads",
+    type=click.IntRange(0, 1024),
+    default=0,
+    help="Worker threads; 0 for one or two a core, as the job wants.",
 )
 
 
