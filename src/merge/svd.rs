@@ -28,7 +28,7 @@ use stacked::Stacked;
 const EXACT: usize = 384;
 
 /// Power iterations that bring the error of a sketch to within 2 % of the least possible: see
-/// `benches/svd.rs`.
+/// `benches/svd.py`.
 pub const ITERATIONS: u32 = 2;
 
 /// The largest rank that is looked for to keep a share of the energy of a sketched module.
