@@ -49,98 +49,59 @@ pub(crate) struct Sparse {
     pub(crate) add_by_sign: fn(numbers: &[f32], weight: f32, up: &mut [f32], down: &mut [f32]),
 }
 
+/// A kernel of the plain loops, compiled for the features that its attribute names: a closure has
+/// those of the function around it. `$add_products` is the one loop that is written out for each.
+macro_rules! kernel {
+    ($(#[$features:meta])? $name:ident: $add_products:path) => {
+        $(#[$features])?
+        fn $name() -> Kernel {
+            Kernel {
+                name: stringify!($name),
+                add_products: |sums, stride, dtype, rows, weights| {
+                    $add_products(sums, stride, dtype, rows, weights);
+                },
+                widen: |dtype, bytes, numbers| scalar::widen(dtype, bytes, numbers),
+                sparse: Sparse {
+                    keep_largest: |numbers, bits| sparse::keep_largest(numbers, bits),
+                    count: |numbers, bits| sparse::count(numbers, bits),
+                    collect: |numbers, low, high, found| {
+                        sparse::collect(numbers, low, high, found);
+                    },
+                    keep_random: |numbers, key, start, limit| {
+                        sparse::keep_random(numbers, key, start, limit);
+                    },
+                    vote: |numbers, totals, up, down| sparse::vote(numbers, totals, up, down),
+                    add_by_sign: |numbers, weight, up, down| {
+                        sparse::add_by_sign(numbers, weight, up, down);
+                    },
+                },
+            }
+        }
+    };
+}
+
+kernel!(scalar: scalar::add_products);
+#[cfg(target_arch = "x86_64")]
+kernel!(#[target_feature(enable = "avx2,fma,f16c")] avx2: x86_64::add_products_avx2);
+#[cfg(target_arch = "x86_64")]
+kernel!(#[target_feature(enable = "avx512f,avx512bw")] avx512: x86_64::add_products_avx512);
+
 /// Every kernel that this machine runs, narrowest first.
 pub fn available() -> Vec<Kernel> {
     #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut))]
-    let mut kernels = vec![Kernel {
-        name: "scalar",
-        add_products: scalar::add_products,
-        widen: scalar::widen,
-        sparse: Sparse {
-            keep_largest: sparse::keep_largest,
-            count: sparse::count,
-            collect: sparse::collect,
-            keep_random: sparse::keep_random,
-            vote: sparse::vote,
-            add_by_sign: sparse::add_by_sign,
-        },
-    }];
+    let mut kernels = vec![scalar()];
     #[cfg(target_arch = "x86_64")]
     {
         if is_x86_feature_detected!("avx2")
             && is_x86_feature_detected!("fma")
             && is_x86_feature_detected!("f16c")
         {
-            kernels.push(Kernel {
-                name: "avx2",
-                // SAFETY: listed only where AVX2, FMA and F16C were just detected.
-                add_products: |sums, stride, dtype, rows, weights| unsafe {
-                    x86_64::add_products_avx2(sums, stride, dtype, rows, weights)
-                },
-                // SAFETY: as above.
-                widen: |dtype, bytes, numbers| unsafe { x86_64::widen_avx2(dtype, bytes, numbers) },
-                sparse: Sparse {
-                    // SAFETY: as above, here and in what follows.
-                    keep_largest: |numbers, bits| unsafe {
-                        sparse::avx2::keep_largest(numbers, bits)
-                    },
-                    // SAFETY: as above.
-                    count: |numbers, bits| unsafe { sparse::avx2::count(numbers, bits) },
-                    // SAFETY: as above.
-                    collect: |numbers, low, high, found| unsafe {
-                        sparse::avx2::collect(numbers, low, high, found)
-                    },
-                    // SAFETY: as above.
-                    keep_random: |numbers, key, start, limit| unsafe {
-                        sparse::avx2::keep_random(numbers, key, start, limit)
-                    },
-                    // SAFETY: as above.
-                    vote: |numbers, totals, up, down| unsafe {
-                        sparse::avx2::vote(numbers, totals, up, down)
-                    },
-                    // SAFETY: as above.
-                    add_by_sign: |numbers, weight, up, down| unsafe {
-                        sparse::avx2::add_by_sign(numbers, weight, up, down)
-                    },
-                },
-            });
+            // SAFETY: AVX2, FMA and F16C were just detected.
+            kernels.push(unsafe { avx2() });
         }
         if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
-            kernels.push(Kernel {
-                name: "avx512",
-                // SAFETY: listed only where AVX-512 F and BW were just detected; F implies FMA.
-                add_products: |sums, stride, dtype, rows, weights| unsafe {
-                    x86_64::add_products_avx512(sums, stride, dtype, rows, weights)
-                },
-                // SAFETY: as above.
-                widen: |dtype, bytes, numbers| unsafe {
-                    x86_64::widen_avx512(dtype, bytes, numbers)
-                },
-                sparse: Sparse {
-                    // SAFETY: as above, here and in what follows.
-                    keep_largest: |numbers, bits| unsafe {
-                        sparse::avx512::keep_largest(numbers, bits)
-                    },
-                    // SAFETY: as above.
-                    count: |numbers, bits| unsafe { sparse::avx512::count(numbers, bits) },
-                    // SAFETY: as above.
-                    collect: |numbers, low, high, found| unsafe {
-                        sparse::avx512::collect(numbers, low, high, found)
-                    },
-                    // SAFETY: as above.
-                    keep_random: |numbers, key, start, limit| unsafe {
-                        sparse::avx512::keep_random(numbers, key, start, limit)
-                    },
-                    // SAFETY: as above.
-                    vote: |numbers, totals, up, down| unsafe {
-                        sparse::avx512::vote(numbers, totals, up, down)
-                    },
-                    // SAFETY: as above.
-                    add_by_sign: |numbers, weight, up, down| unsafe {
-                        sparse::avx512::add_by_sign(numbers, weight, up, down)
-                    },
-                },
-            });
+            // SAFETY: AVX-512 F and BW were just detected; F implies FMA and F16C.
+            kernels.push(unsafe { avx512() });
         }
     }
     kernels

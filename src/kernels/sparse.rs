@@ -1,5 +1,5 @@
-//! Thinning numbers out, and sums that are kept apart by sign: plain loops, compiled also for wider
-//! registers.
+//! Thinning numbers out, and sums that are kept apart by sign: plain loops, written so that a
+//! compiler can widen them.
 
 /// The numbers whose bits without the sign are below `bits` become zero.
 #[inline(always)]
@@ -62,66 +62,3 @@ pub(super) fn add_by_sign(numbers: &[f32], weight: f32, up: &mut [f32], down: &m
         *down = (if x < 0.0 { x } else { 0.0 }).mul_add(weight, *down);
     }
 }
-
-/// The loops above for other registers.
-#[cfg(target_arch = "x86_64")]
-macro_rules! compiled_for {
-    ($module:ident, $features:literal) => {
-        pub(super) mod $module {
-            #[target_feature(enable = $features)]
-            pub(in super::super) fn keep_largest(numbers: &mut [f32], bits: u32) {
-                super::keep_largest(numbers, bits);
-            }
-
-            #[target_feature(enable = $features)]
-            pub(in super::super) fn count(numbers: &[f32], bits: u32) -> usize {
-                super::count(numbers, bits)
-            }
-
-            #[target_feature(enable = $features)]
-            pub(in super::super) fn collect(
-                numbers: &[f32],
-                low: u32,
-                high: u32,
-                found: &mut Vec<u32>,
-            ) {
-                super::collect(numbers, low, high, found);
-            }
-
-            #[target_feature(enable = $features)]
-            pub(in super::super) fn keep_random(
-                numbers: &mut [f32],
-                key: [u32; 2],
-                start: u32,
-                limit: u32,
-            ) {
-                super::keep_random(numbers, key, start, limit);
-            }
-
-            #[target_feature(enable = $features)]
-            pub(in super::super) fn vote(
-                numbers: &[f32],
-                totals: &mut [f64],
-                up: &mut [u32],
-                down: &mut [u32],
-            ) {
-                super::vote(numbers, totals, up, down);
-            }
-
-            #[target_feature(enable = $features)]
-            pub(in super::super) fn add_by_sign(
-                numbers: &[f32],
-                weight: f32,
-                up: &mut [f32],
-                down: &mut [f32],
-            ) {
-                super::add_by_sign(numbers, weight, up, down);
-            }
-        }
-    };
-}
-
-#[cfg(target_arch = "x86_64")]
-compiled_for!(avx2, "avx2,fma");
-#[cfg(target_arch = "x86_64")]
-compiled_for!(avx512, "avx512f,avx512bw");

@@ -1,5 +1,5 @@
-//! The same loops for wider registers: widening as the compiler does it, the sums by hand, because
-//! the compiler keeps a tile of them in registers only by luck (a benchmark saw a factor of five).
+//! The sums for wider registers, by hand: the compiler keeps a tile of them in registers only by luck
+//! (a benchmark saw a factor of five).
 #![expect(
     unsafe_code,
     reason = "loads and stores of vectors, within bounds that are checked first"
@@ -9,16 +9,6 @@ use std::arch::x86_64::*;
 
 use super::scalar;
 use crate::Dtype;
-
-#[target_feature(enable = "avx2,fma")]
-pub(super) fn widen_avx2(dtype: Dtype, bytes: &[u8], numbers: &mut [f32]) {
-    scalar::widen(dtype, bytes, numbers);
-}
-
-#[target_feature(enable = "avx512f,avx512bw")]
-pub(super) fn widen_avx512(dtype: Dtype, bytes: &[u8], numbers: &mut [f32]) {
-    scalar::widen(dtype, bytes, numbers);
-}
 
 /// `super::AddProducts` for the types in `$dtype`, each loaded by `$load` from a place of any
 /// alignment, with tiles of 4 targets (then 1) by `$vectors` vectors of `$lanes` columns.
