@@ -4,7 +4,7 @@ mod soup_error;
 
 use std::sync::Mutex;
 
-use faer::{Mat, MatRef, Par};
+use faer::{Mat, MatMut, MatRef, Par};
 
 pub use soup_error::soup_errors;
 
@@ -26,20 +26,17 @@ pub fn norms(adapters: &[Adapter], options: &Options, watch: &Watch) -> Result<V
     let all: Vec<&Adapter> = adapters.iter().collect();
     let reader = Reader::open(&all, options.io, options.allow_nan, watch)?;
     let found = Mutex::new(vec![vec![]; all.len()]);
-    each_on_threads(all.len(), options.cores(), watch, Vec::new, |bytes, adapter| {
+    each_on_threads(all.len(), options.cores(), watch, Buffers::default, |buffers, adapter| {
         let layout = &all[adapter].layout;
         let own = layout.modules.iter().enumerate().map(|(module, paired)| {
             let share = Share { adapter, module, rank: paired.rank };
-            let a = numbers(&reader, share, Factor::A, bytes)?;
-            let b = numbers(&reader, share, Factor::B, bytes)?;
-            let a = wide(MatRef::from_row_major_slice(&a, share.rank, a.len() / share.rank));
-            let b = wide(MatRef::from_row_major_slice(&b, b.len() / share.rank, share.rank));
-            let (a, b) = (product(a.as_ref(), a.transpose()), product(b.transpose(), b.as_ref()));
-            let products = a
-                .col_iter()
-                .zip(b.col_iter())
-                .flat_map(|(a, b)| a.iter().zip(b.iter()).map(|(x, y)| x * y));
-            Ok(products.sum::<f64>().max(0.0).sqrt())
+            let mut a = std::mem::take(&mut buffers.a);
+            factor_gram(&reader, share, Factor::A, buffers, &mut a)?;
+            let mut b = std::mem::take(&mut buffers.b);
+            factor_gram(&reader, share, Factor::B, buffers, &mut b)?;
+            let square: f64 = a.iter().zip(&b).map(|(x, y)| x * y).sum();
+            (buffers.a, buffers.b) = (a, b);
+            Ok(square.max(0.0).sqrt())
         });
         let own = own.collect::<Result<Vec<f64>>>()?;
         found.lock().unwrap_or_else(std::sync::PoisonError::into_inner)[adapter] = own;
@@ -112,14 +109,69 @@ fn numbers(
     Ok(numbers)
 }
 
-fn wide(matrix: MatRef<'_, f32>) -> Mat<f64> {
-    Mat::from_fn(matrix.nrows(), matrix.ncols(), |i, j| f64::from(matrix[(i, j)]))
+/// What a thread needs for the norms, kept from module to module: a system's allocator does not give
+/// back what is asked for and let go a hundred times.
+#[derive(Default)]
+struct Buffers {
+    bytes: Vec<u8>,
+    numbers: Vec<f32>,
+    wide: Vec<f64>,
+    a: Vec<f64>,
+    b: Vec<f64>,
 }
 
-fn product(a: MatRef<'_, f64>, b: MatRef<'_, f64>) -> Mat<f64> {
-    let mut c = Mat::zeros(a.nrows(), b.ncols());
-    faer::linalg::matmul::matmul(c.as_mut(), faer::Accum::Replace, a, b, 1.0, Par::Seq);
-    c
+/// Put A Aᵀ or BᵀB into `gram`, in float64, summed over parts of the factor that stay small whatever
+/// its rank.
+fn factor_gram(
+    reader: &Reader<'_>,
+    share: Share,
+    factor: Factor,
+    Buffers { bytes, numbers, wide, .. }: &mut Buffers,
+    gram: &mut Vec<f64>,
+) -> Result<()> {
+    /// Columns of A, or rows of B, that are taken at a time.
+    const PART: usize = 256;
+    let layout = &reader.adapters[share.adapter].layout;
+    let rank = share.rank;
+    let length = layout.tensors[layout.modules[share.module].tensor(factor)].len() / rank;
+    gram.clear();
+    gram.resize(rank * rank, 0.0);
+    for from in (0..length).step_by(PART) {
+        let part = from..length.min(from + PART);
+        numbers.clear();
+        numbers.resize(rank * part.len(), 0.0);
+        match factor {
+            Factor::A => {
+                for (row, into) in numbers.chunks_exact_mut(part.len()).enumerate() {
+                    let place = row * length;
+                    reader.read(
+                        share,
+                        factor,
+                        place + part.start..place + part.end,
+                        bytes,
+                        into,
+                    )?;
+                }
+            }
+            Factor::B => {
+                let place = part.start * rank..part.end * rank;
+                reader.read(share, factor, place, bytes, numbers)?;
+            }
+        }
+        wide.clear();
+        wide.extend(numbers.iter().map(|&number| f64::from(number)));
+        let rows = match factor {
+            Factor::A => MatRef::from_row_major_slice(wide, rank, part.len()),
+            Factor::B => MatRef::from_row_major_slice(wide, part.len(), rank).transpose(),
+        };
+        let into = MatMut::from_row_major_slice_mut(gram, rank, rank);
+        faer::linalg::matmul::matmul(into, faer::Accum::Add, rows, rows.transpose(), 1.0, Par::Seq);
+    }
+    Ok(())
+}
+
+fn wide(matrix: MatRef<'_, f32>) -> Mat<f64> {
+    Mat::from_fn(matrix.nrows(), matrix.ncols(), |i, j| f64::from(matrix[(i, j)]))
 }
 
 fn product32(a: MatRef<'_, f32>, b: MatRef<'_, f32>) -> Mat<f32> {

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from lorameta_rs import Bank, Fingerprint, token_distribution
-from lorameta_rs.distance import METRICS, pairwise
+from lorameta_rs.distance import pairwise
 from lorameta_rs.files import sha256
 from lorameta_rs.relevance import leave_one_out_nearest
 
@@ -87,7 +87,7 @@ def test_columns_are_those_of_the_members(make_bank, lorameta):
     assert Fingerprint.load(bank / "a" / "fingerprint.safetensors").columns == ("x", "y")
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", ["js", "kl", "wasserstein", "mmd", "cosine"])
 def test_how_near_the_members_are_is_kept(bank, lorameta, metric):
     indexed(lorameta, bank, "--metric", metric)
     kept = json.loads((bank / "index.json").read_text())["nearest"][metric]["distances"]

@@ -188,8 +188,11 @@ def test_a_bank_that_cannot_be_written_to_is_used_all_the_same(
         (["--top-k", "0"], "top-k 0: expected 1 or more"),
         (["--mass", "0"], "mass 0.0"),
         (["--mass", "1.5"], "mass 1.5"),
-        (["--min-similarity", "0.99"], "the most similar member has"),
-        (["--min-similarity", "0.1", "--metric", "kl"], "only the metrics js and cosine"),
+        (["--min-similarity", "0.99", "--metric", "js"], "the most similar member has"),
+        (
+            ["--min-similarity", "0.1", "--metric", "kl"],
+            "only the metrics js, relations and cosine",
+        ),
         (["--temperature", "0"], "temperature 0.0"),
         (["--temperature", "nan"], "temperature nan"),
         (["--temperature", "2", "--pipeline", "nearest"], "has no temperature"),

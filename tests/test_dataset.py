@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lorameta_rs.dataset import DatasetWarning, find, texts
+from lorameta_rs.dataset import DatasetWarning, Example, examples, find, texts
 from lorameta_rs.errors import (
     InvalidDataset,
     InvalidSetting,
@@ -314,3 +314,25 @@ def test_find_prefers_train_then_the_formats_in_order(tmp_path):
     assert find(tmp_path) == tmp_path / "train.csv"
     with pytest.raises(MissingFile):
         find(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "example"),
+    [
+        ({"input": "a", "output": ["b", "c"]}, None, ("a", "b")),
+        ({"instruction": "a", "input": "", "output": "b"}, None, ("a", "b")),
+        ({"prompt": "a", "completion": ""}, None, ("a", "")),
+        (
+            {"messages": [{"content": "a"}, {"content": "b"}, {"content": "c"}]},
+            None,
+            ("a\nb\n", "c"),
+        ),
+        ({"messages": [{"content": "a"}]}, None, ("a", "")),
+        ({"text": "a"}, None, ("a", "")),
+        ({"x": "a", "y": "b", "z": "c"}, ["z", "x", "y"], ("c\na\n", "b")),
+    ],
+)
+def test_answers_are_told_apart(write, row, columns, example):
+    path = write("d.jsonl", json.dumps(row))
+    assert list(examples(path, columns=columns)) == [Example(*example)]
+    assert list(texts(path, columns=columns)) == ["".join(example)]

@@ -15,6 +15,9 @@ from safetensors import safe_open
 from lorameta_rs import _metrics, coefficients, distance
 from lorameta_rs.errors import InvalidBank, InvalidDataset, InvalidSetting
 from lorameta_rs.fingerprint import Fingerprint, Fingerprints
+from lorameta_rs.relations import NAMES
+
+OF_TOKENS = [name for name in distance.METRICS if name != "relations"]
 
 GOLDEN = Path(__file__).parent / "golden"
 LN2 = np.log(2.0)
@@ -88,7 +91,7 @@ def test_equals_scipy(bank):
         np.testing.assert_allclose(got, [want], rtol=1e-9, atol=1e-13)
 
 
-@pytest.mark.parametrize("metric", distance.METRICS)
+@pytest.mark.parametrize("metric", OF_TOKENS)
 @given(banks())
 def test_equal_distributions_are_at_zero_and_none_is_nearer(metric, bank):
     vocab_size, rows = bank
@@ -142,7 +145,7 @@ def test_disjoint_and_extreme():
     assert distance.jensen_shannon(bank, lopsided)[0] == pytest.approx(LN2, rel=1e-12)
 
 
-@pytest.mark.parametrize("metric", distance.METRICS)
+@pytest.mark.parametrize("metric", OF_TOKENS)
 @given(banks())
 def test_all_pairs_are_the_rows(metric, bank):
     vocab_size, rows = bank
@@ -154,7 +157,7 @@ def test_all_pairs_are_the_rows(metric, bank):
 def test_all_pairs_of_more_than_one_block():
     rows = [{i: 1 + i, (5 * i) % 61: 3} for i in range(40)]
     some, done = fingerprints(rows, 61), []
-    for metric in distance.METRICS:
+    for metric in OF_TOKENS:
         want = [distance.METRICS[metric](some, fingerprint(row, 61)) for row in rows]
         got = distance.pairwise(metric, some, done.append)
         np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-15)
@@ -230,3 +233,46 @@ def test_the_paper_in_miniature():
         )
         at_home += families[i] == (families[:i] + families[i + 1 :])[np.argmin(d)]
     assert (at_home, len(rows)) == (35, 48)
+
+
+def related(*rows):
+    """Fingerprints that have nothing but relations."""
+    counts = np.zeros((len(rows), len(NAMES)), np.uint64)
+    for row, found in zip(counts, rows, strict=True):
+        for name, count in found.items():
+            row[NAMES.index(name)] = count
+    nothing = np.array([0], np.uint32), np.array([1], np.uint64)
+    return [Fingerprint(*nothing, vocab_size=1, relations=row) for row in counts]
+
+
+def test_relations_are_compared_by_jensen_shannon():
+    found = related(
+        {"next": 3, "new": 1}, {"back": 4}, {"next": 6, "new": 2}, {"next": 1, "back": 1}
+    )
+    bank = Fingerprints.stack(found)
+    dense_rows = np.array([one.relations / one.relations.sum() for one in found])
+    want = [reference.METRICS["js"](p, dense_rows[0]) for p in dense_rows]
+    got = distance.relational(bank, found[0])
+    np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-15)
+    assert got[0] == got[2] == 0.0
+    assert got[1] == pytest.approx(LN2)
+    matrix = [distance.relational(bank, one) for one in found]
+    np.testing.assert_allclose(distance.pairwise("relations", bank), matrix, atol=1e-15)
+
+
+def test_what_has_no_answers_has_no_relations():
+    with_, without = related({"next": 1}), fingerprint({0: 1}, 1)
+    bank = Fingerprints.stack(with_)
+    assert distance.applicable("relations, mmd", bank, with_[0]) == ("relations", "mmd")
+    assert distance.applicable("relations,mmd", bank, without) == ("mmd",)
+    mixed = Fingerprints.stack([*with_, without])
+    assert distance.applicable("relations,mmd", mixed, with_[0]) == ("mmd",)
+    with pytest.raises(InvalidBank, match="no answers apart"):
+        distance.applicable("relations", mixed)
+    with pytest.raises(InvalidDataset, match="no answers"):
+        distance.relational(bank, without)
+    with pytest.raises(InvalidBank, match="no answers"):
+        distance.relational(mixed, with_[0])
+    for metrics, words in (("relation", "metric `relation`"), ("js,js", "named twice")):
+        with pytest.raises(InvalidSetting, match=words):
+            distance.applicable(metrics, bank)

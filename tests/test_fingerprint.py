@@ -179,7 +179,7 @@ def content_of(fingerprint, path):
 
 
 BROKEN = {
-    "format": ({"format": 2}, {}),
+    "format": ({"format": 1}, {}),
     "vocab_size": ({"vocab_size": 5}, {}),
     "huge vocabulary": ({"vocab_size": 1 << 40}, {}),
     "tokens": ({"tokens": 4}, {}),

@@ -18,6 +18,7 @@ from lorameta_rs.distance import pairwise
 from lorameta_rs.errors import InvalidBank, InvalidDataset, MissingFile, UnreadableFile
 from lorameta_rs.index import Index, hash_adapters, make_fingerprints, nearest_distances
 from lorameta_rs.relevance import leave_one_out_nearest
+from lorameta_rs.shape import delta_norms
 
 TEXTS = {
     "a": "where is the window\nthe window is here\n",
@@ -310,7 +311,11 @@ def test_hashes_are_those_of_the_files(folder):
             "sha256": digest,
             "size": status.st_size,
             "mtime_ns": status.st_mtime_ns,
+            "norms": content["adapters"][member.name]["norms"],
         }
+        (kept,), (anew,) = delta_norms([member], Index.of(bank)), delta_norms([member])
+        assert kept == pytest.approx(anew)
+        assert Index.of(bank).norms(member) is not None
         assert Index.of(bank).sha256(member) == digest
     assert hash_adapters(bank) == 0
 

@@ -130,7 +130,7 @@ def test_it_is_enough_to_make_the_adapter_again(folder, dataset, tmp_path, dtype
 
 
 def test_done_again_it_says_the_same(folder, dataset, tmp_path):
-    generate(folder, dataset, tmp_path / "out", settings=Settings(temperature=0.01))
+    generate(folder, dataset, tmp_path / "out", settings=Settings(temperature=0.01), options=SOUP)
     record = Provenance.load(tmp_path / "out" / "lorameta.json")
     # So small that nobody may give it as a weight; as a record of what was done it is right.
     record.members[-1]["coefficient"] = 1e-50
@@ -161,6 +161,8 @@ def test_what_is_written_is_what_is_read(folder, dataset, tmp_path):
     path = tmp_path / "out" / "lorameta.json"
     assert Provenance.load(path).as_json() == path.read_text(encoding="utf-8")
 
+
+SOUP = Options(method="soup")
 
 RECORD = {
     "format": 1,

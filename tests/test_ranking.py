@@ -11,7 +11,9 @@ import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorameta_rs import Bank, Fingerprint, generate, token_distribution
+from lorameta_rs import Bank, Fingerprint, Fingerprints, generate, token_distribution
+from lorameta_rs.coefficients import combined
+from lorameta_rs.distance import METRICS
 from lorameta_rs.errors import InvalidBank, InvalidDataset, InvalidSetting
 from lorameta_rs.flow import jobs_for
 from lorameta_rs.index import make_fingerprints
@@ -77,18 +79,19 @@ def test_a_ranking_is_that_of_the_formulas(bank, target, metric, temperature):
 
 
 def test_similarity(bank, target):
-    found = bank.rank(target)
+    found = bank.rank(target, metric="js")
     np.testing.assert_allclose(found.similarity, 1 - found.distances / np.log(2))
     assert bank.rank(target, metric="wasserstein").similarity is None
 
 
 def test_selection(bank, target):
-    full = bank.rank(target)
+    full = bank.rank(target, metric="js")
     largest = np.argsort(-full.coefficients)
-    two = bank.rank(target, top_k=2).coefficients
+    two = bank.rank(target, metric="js", top_k=2).coefficients
     assert set(np.flatnonzero(two)) == set(largest[:2])
     assert two.sum() == pytest.approx(1)
-    near = bank.rank(target, min_similarity=float(np.median(full.similarity))).coefficients
+    least = float(np.median(full.similarity))
+    near = bank.rank(target, metric="js", min_similarity=least).coefficients
     assert (near > 0).tolist() == (full.similarity >= np.median(full.similarity)).tolist()
     with pytest.raises(InvalidSetting, match="similarity"):
         bank.rank(target, metric="kl", min_similarity=0.5)
@@ -168,3 +171,38 @@ def test_generate_makes_nothing_of_a_bad_dataset(written, tmp_path):
     with pytest.raises(InvalidDataset, match=r"new\.txt"):
         generate(written.folder, tmp_path / "new.txt", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_distances_of_several_metrics_are_added_up_in_standard_deviations(bank, target):
+    names = ("js", "mmd", "kl")
+    each = [bank.rank(target, metric=name).distances for name in names]
+    deviations = [np.append(row, 0.0).std() for row in each]
+    want = sum(row / deviation for row, deviation in zip(each, deviations, strict=True))
+    found = bank.rank(target, metric="js,mmd,kl")
+    np.testing.assert_allclose(found.distances, want, rtol=1e-12)
+    np.testing.assert_allclose(found.coefficients, np.exp(-want) / np.exp(-want).sum(), rtol=1e-12)
+    np.testing.assert_allclose(found.similarity, bank.rank(target, metric="js").similarity)
+    assert found.relevance.nearest == bank.names[int(want.argmin())]
+    rows = [
+        Fingerprints.stack([bank._kept.loaded[other] for other in bank.names if other != name])
+        for name in bank.names
+    ]
+    own = [
+        combined(
+            np.array([METRICS[metric](row, bank._kept.loaded[name]) for metric in names])
+        ).min()
+        for name, row in zip(bank.names, rows, strict=True)
+    ]
+    assert found.relevance.percentile == pytest.approx(100 * np.mean(np.array(own) < want.min()))
+
+
+def test_relations_are_left_out_of_datasets_without_answers(bank, target):
+    assert Settings().metric == "relations,mmd"
+    found = bank.rank(target)
+    assert found.settings.metric == "mmd"
+    np.testing.assert_array_equal(found.distances, bank.rank(target, metric="mmd").distances)
+
+
+def test_the_papers_setting():
+    assert (Settings.paper().metric, Settings.paper().temperature) == ("js", 1.0)
+    assert (Options.paper().method, Options.paper().normalize) == ("soup", "none")

@@ -13,6 +13,7 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
+from lorameta_rs.dataset import Example
 from lorameta_rs.errors import InvalidBank, MissingFile, UnreadableFile
 from lorameta_rs.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 
@@ -49,12 +50,31 @@ def test_texts_are_neither_cut_nor_padded(tmp_path):
 
 def test_token_ids_keep_every_row(tmp_path):
     tokenizer = saved(tmp_path / "t.json", {"?": 0, "a": 1})
-    rows = ["a " * (i % 400) if i % 3 else [2] * i for i in range(1500)]
+    rows = [Example("a " * (i % 400), "a" * (i % 2)) if i % 3 else [2] * i for i in range(1500)]
     batches = list(tokenizer.token_ids(rows))
     assert len(batches) > 2
-    assert sorted(ids for batch in batches for ids in batch) == sorted(
-        [1] * (i % 400) if i % 3 else [2] * i for i in range(1500)
+    assert sorted(row for batch in batches for row in batch) == sorted(
+        ([1] * (i % 400 + i % 2), i % 400) if i % 3 else ([2] * i, i) for i in range(1500)
     )
+
+
+@pytest.mark.parametrize(
+    ("example", "start"),
+    [
+        (Example("a b", " c"), 3),  # the blank is in no token
+        (Example("a b ", "c a"), 3),
+        (Example("a b", "b c"), 2),  # a token of both is the answer's
+        (Example("a b", "  "), 3),
+        (Example("a b"), 3),
+        (Example("", "a"), 1),
+    ],
+)
+def test_an_answer_begins_where_its_first_character_is(tmp_path, example, start):
+    around = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 4)])
+    words = {"?": 0, "a": 1, "b": 2, "c": 3}
+    tokenizer = saved(tmp_path / "t.json", words, post_processor=around)
+    ((found,),) = tokenizer.token_ids([example])
+    assert found[1] == start
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows cannot send a signal to a thread")
@@ -71,7 +91,7 @@ def test_ctrl_c_waits_for_the_batch_in_work_alone(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Tokenizer, "encode", encode)
     with pytest.raises(KeyboardInterrupt):
-        list(tokenizer.token_ids(["a " * (1 << 17)] * 5))
+        list(tokenizer.token_ids([Example("a " * (1 << 17))] * 5))
     assert len(encoded) == 1
     assert not any("ThreadPool" in thread.name for thread in threading.enumerate())
 

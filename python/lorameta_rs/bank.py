@@ -190,6 +190,14 @@ class Bank:
         self._kept.keep(name, fingerprint)
         self.__dict__.pop("fingerprints", None)
 
+    def forget_fingerprints(self) -> None:
+        """Give back the memory of all fingerprints; whoever asks for them reads them again.
+
+        Those of a large bank are most of what a ranking holds, and a merge needs none.
+        """
+        self._kept = BankFingerprints(self, self._fingerprints_folder)
+        self.__dict__.pop("fingerprints", None)
+
     def leave_out(self, reasons: Mapping[str, LoraMetaError]) -> None:
         """Go on without some members.
 

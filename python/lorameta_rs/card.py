@@ -51,8 +51,8 @@ def _summary(record: Provenance) -> str:
         return made + ", by coefficients that its maker gave."
     settings = record.settings
     return (
-        made + ": each weighs the more, the more its dataset's token counts are like the new "
-        f"dataset's (metric `{settings['metric']}`, pipeline `{settings['pipeline']}`; "
+        made + ": each weighs the more, the more its dataset is like the new one "
+        f"(metric `{settings['metric']}`, pipeline `{settings['pipeline']}`; "
         "[arXiv 2507.01806](https://arxiv.org/abs/2507.01806))."
     )
 

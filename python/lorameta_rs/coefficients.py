@@ -47,10 +47,11 @@ def normalized(distances: Floats, temperature: float = 1.0) -> Floats:
     """softmin(z / τ) of the standardised distances z = (d − mean) / std.
 
     Mean and population standard deviation are taken over the n distances and the dataset's own
-    zero, as in the authors' rows; a deviation of 0 counts as 1.
+    zero, as in the authors' rows; a deviation of 0 counts as 1. Of several metrics the z are added
+    up: what is far by one of them is far.
 
     Args:
-        distances: The members' distances [n], finite.
+        distances: The members' distances [n], finite; or those by several metrics [metrics, n].
         temperature: τ > 0: small for the nearest alone, large for all alike; 1 is the paper.
 
     Returns:
@@ -65,9 +66,29 @@ def normalized(distances: Floats, temperature: float = 1.0) -> Floats:
     """
     if not (math.isfinite(temperature) and temperature > 0.0):
         raise InvalidSetting(f"temperature {temperature}: expected a finite number above 0")
-    row = np.append(_checked(distances), 0.0)
     # The mean shifts all z alike, and softmin does not see it.
-    return _softmin(row[:-1] / (row.std() or 1.0), temperature)
+    return _softmin(combined(np.atleast_2d(distances)), temperature)
+
+
+def combined(distances: Floats) -> Floats:
+    """Distances by several metrics as one: their sum, each in its own standard deviations.
+
+    Args:
+        distances: [metrics, n], finite. The deviations are as in `normalized`.
+
+    Returns:
+        float64 [n].
+
+    Raises:
+        InvalidBank: There are no distances, or one of them is not finite.
+
+    >>> combined(np.array([[1.0, 2.0, 3.0], [30.0, 20.0, 10.0]])).round(3)
+    array([3.578, 3.578, 3.578])
+    """
+    rows = np.array([np.append(_checked(row), 0.0) for row in distances])
+    deviations = rows.std(axis=1, keepdims=True)
+    sums: Floats = (rows[:, :-1] / np.where(deviations > 0.0, deviations, 1.0)).sum(axis=0)
+    return sums
 
 
 def nearest(distances: Floats) -> Floats:
@@ -108,7 +129,8 @@ def from_distances(
     """Coefficients of `distances`, by the pipeline's name.
 
     Args:
-        distances: The members' distances [n], finite.
+        distances: The members' distances [n], finite; or those by several metrics [metrics, n], of
+            which all pipelines but `normalized` take what `combined` makes.
         pipeline: A key of `PIPELINES`.
         temperature: τ of `normalized`; the others have none.
         compat: "paper" for the numbers of the authors' code (`paper`), which has no temperature.
@@ -121,12 +143,12 @@ def from_distances(
         InvalidSetting: No such pipeline, or the settings do not go together.
     """
     chosen = paper.choose("pipeline", pipeline, compat, PIPELINES, paper.PIPELINES)
-    if temperature == 1.0:
-        return chosen(_checked(distances))
-    if chosen is not normalized:
+    if chosen is normalized:
+        return normalized(distances, temperature)
+    if temperature != 1.0:
         of_paper = "" if compat is None else " of the paper"
         raise InvalidSetting(f"pipeline `{pipeline}`{of_paper} has no temperature")
-    return normalized(distances, temperature)
+    return chosen(_checked(combined(distances) if distances.ndim == 2 else distances))
 
 
 def select(
@@ -235,7 +257,9 @@ def _softmin(values: Floats, temperature: float = 1.0) -> Floats:
 def _similar(similarity: Floats | None, least: float) -> NDArray[np.bool_]:
     """Which members are at least that similar."""
     if similarity is None:
-        raise InvalidSetting("min-similarity: only the metrics js and cosine have a similarity")
+        raise InvalidSetting(
+            "min-similarity: only the metrics js, relations and cosine have a similarity"
+        )
     if not 0.0 <= least <= 1.0:
         raise InvalidSetting(f"min-similarity {least}: expected a number from 0 to 1")
     enough: NDArray[np.bool_] = similarity >= least

@@ -1,8 +1,9 @@
 """The texts of a dataset, one at a time: which fields of a row make up its text.
 
-A row's text is its input followed by its output with nothing between, as the paper's authors have
+A row's text is its input followed by its answer with nothing between, as the paper's authors have
 it. Only several *inputs* are joined, by a newline; no template is applied. Of a field that holds a
-list the first entry counts, as Super-NaturalInstructions has it; of a chat, all contents.
+list the first entry counts, as Super-NaturalInstructions has it; of a chat, all contents, of which
+the last is the answer.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorameta_rs.errors import InvalidSetting
 from lorameta_rs.files import refusals
@@ -20,9 +21,21 @@ from lorameta_rs.rows import MAX_ROW, READERS, DatasetWarning, Source, excerpt
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Sequence
 
-__all__ = ["DatasetWarning", "find", "texts"]
+__all__ = ["DatasetWarning", "Example", "examples", "find", "texts"]
 
 _COLUMNS = "`--columns` names the fields to use; for a member of a bank, `index --columns`"
+
+
+class Example(NamedTuple):
+    """A row's text in its two parts; the answer is empty where the row does not tell them apart."""
+
+    before: str
+    answer: str = ""
+
+    @property
+    def text(self) -> str:
+        """The row's text."""
+        return self.before + self.answer
 
 
 def texts(
@@ -32,7 +45,21 @@ def texts(
     vocab_size: int = 1 << 32,
     max_row: int = MAX_ROW,
 ) -> Iterator[str | list[int]]:
-    r"""Each row's text, or its token ids if the row has them ready; errors come while iterating.
+    """Each row's text, or its token ids if the row has them ready; all else as `examples`."""
+    for row in examples(path, columns=columns, vocab_size=vocab_size, max_row=max_row):
+        yield row.text if isinstance(row, Example) else row
+
+
+def examples(
+    path: str | os.PathLike[str],
+    *,
+    columns: Sequence[str] | None = None,
+    vocab_size: int = 1 << 32,
+    max_row: int = MAX_ROW,
+) -> Iterator[Example | list[int]]:
+    r"""Each row's input and answer, or its token ids if the row has them ready.
+
+    Errors come while iterating.
 
     The first row tells which fields to use, and every other row must have them too. In order:
     `instruction`, `input` (may be missing) and `output`; `input` and `output`; `prompt` and
@@ -41,13 +68,14 @@ def texts(
     >>> import tempfile
     >>> with tempfile.NamedTemporaryFile("w", suffix=".csv") as file:
     ...     print("prompt,completion\none and one is, two", file=file, flush=True)
-    ...     list(texts(file.name))
-    ['one and one is two']
+    ...     list(examples(file.name))
+    [Example(before='one and one is', answer=' two')]
 
     Args:
         path: A jsonl, json, csv, tsv, txt (each line a row) or parquet file, or a .gz of these. A
             json file is an array of rows, an object with such an array as `Instances`, or jsonl.
-        columns: The fields to use instead; several are joined by a newline.
+        columns: The fields to use instead; several are joined by a newline, and the last is the
+            answer.
         vocab_size: Token ids have to be smaller.
         max_row: Bytes that one row may have.
 
@@ -74,10 +102,11 @@ def texts(
             content = layout.content(row, vocab_size)
         except _UnfitError as error:
             raise source.fault(str(error), place) from None
-        if len(content) > max_row:  # parquet has no lines whose length could be looked at before
+        size = len(content.text if isinstance(content, Example) else content)
+        if size > max_row:  # parquet has no lines whose length could be looked at before
             raise source.fault(f"longer than {max_row:,} characters or token ids", place)
         rows += 1
-        empty = empty and not content
+        empty = empty and size == 0
         yield content
     if rows == 0:
         raise source.fault("the dataset has no rows")
@@ -124,7 +153,7 @@ class _Layout:
     def required(self) -> tuple[str, ...]:
         return tuple(name for name in self.fields if name != self.optional)
 
-    def content(self, row: dict[str, Any], vocab_size: int) -> str | list[int]:
+    def content(self, row: dict[str, Any], vocab_size: int) -> Example | list[int]:
         """The text of `row`, or its token ids where its only field is a list of numbers."""
         for name in self.required:
             if name not in row:
@@ -135,23 +164,27 @@ class _Layout:
             if value == [] or (isinstance(value, list) and isinstance(value[0], int | float)):
                 return _token_ids(self.fields[0], value, vocab_size)
         # An empty input adds no empty line: the optional one is often there and empty.
-        text = "\n".join(filter(None, (self._text(row, name) for name in self.inputs)))
+        parts = [text for name in self.inputs for text in self._texts(row, name) if text]
         if self.output is not None:
-            text += self._text(row, self.output)
-        _check_characters(text)
-        return text
+            found = Example("\n".join(parts), "\n".join(self._texts(row, self.output)))
+        elif len(parts) > 1:
+            found = Example("\n".join([*parts[:-1], ""]), parts[-1])
+        else:
+            found = Example("".join(parts))
+        _check_characters(found.text)
+        return found
 
-    def _text(self, row: dict[str, Any], name: str) -> str:
+    def _texts(self, row: dict[str, Any], name: str) -> list[str]:
         value = row.get(name)
         match value:
             case str() as text:
-                return text
+                return [text]
             case [str() as first, *_]:
-                return first
+                return [first]
             case [{"content": _}, *_]:
-                return "\n".join(_contents(name, value))
+                return list(_contents(name, value))
             case None if name == self.optional:
-                return ""
+                return []
         what = f"field `{excerpt(name)}` holds {_described(value)}"
         raise _UnfitError(f"{what}, expected text or an array that begins with text")
 

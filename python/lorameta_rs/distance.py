@@ -1,7 +1,7 @@
 """How far a new dataset lies from each dataset of a bank, by their token distributions.
 
 p is the distribution of a member of the bank, q that of the new dataset (the target): counts over
-the vocabulary, divided by their total. Of the five metrics the first four are those of
+the vocabulary, divided by their total. Of the six metrics the first four are those of
 arXiv 2507.01806 (`paper` has its authors' own arithmetic):
 
 | name          | distance                                         | work per member               |
@@ -11,6 +11,7 @@ arXiv 2507.01806 (`paper` has its authors' own arithmetic):
 | `wasserstein` | Σ |CDF_p − CDF_q|                                | the vocabulary                |
 | `mmd`         | (p−q)ᵀ K (p−q), K[x, y] = Σ_a a²/(a² + (x−y)²)   | a transform of the vocabulary |
 | `cosine`      | 1 − ⟨u, v⟩/‖u‖‖v‖ of TF-IDF weighted counts      | its distinct ids              |
+| `relations`   | `js` of the counts of `relations` instead        | a few numbers                 |
 
 Members are taken one row of the sparse matrix at a time, so that a ranking needs a few vectors of
 the vocabulary's length besides the bank itself. Equal distributions are at distance 0 exactly.
@@ -18,13 +19,14 @@ the vocabulary's length besides the bank itself. Equal distributions are at dist
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lorameta_rs import _metrics, paper
 from lorameta_rs._metrics import LN2, Floats
-from lorameta_rs.errors import InvalidSetting
+from lorameta_rs.errors import InvalidBank, InvalidDataset, InvalidSetting
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -111,13 +113,56 @@ def cosine(fingerprints: Fingerprints, target: Fingerprint) -> Floats:
     return _metrics.from_target(_metrics.Cosine, fingerprints, target)
 
 
+def relational(fingerprints: Fingerprints, target: Fingerprint) -> Floats:
+    """Jensen-Shannon divergence of how answers come from inputs (`relations`): what is done.
+
+    Returns:
+        float64 [n], in nats: 0 for equal distributions, ln 2 at most.
+
+    Raises:
+        InvalidBank: A dataset of the bank has no answers apart from its inputs.
+        InvalidDataset: The new dataset has none.
+    """
+    return jensen_shannon(_of_relations(fingerprints), _target_relations(target))
+
+
 METRICS: dict[str, Callable[[Fingerprints, Fingerprint], Floats]] = {
     "js": jensen_shannon,
     "kl": kullback_leibler,
     "wasserstein": wasserstein,
     "mmd": maximum_mean_discrepancy,
     "cosine": cosine,
+    "relations": relational,
 }
+
+SEPARATOR = ","
+
+
+def applicable(
+    metrics: str, fingerprints: Fingerprints, target: Fingerprint | None = None
+) -> tuple[str, ...]:
+    """Of metrics separated by commas, those that have something to say of these datasets.
+
+    All have, but for `relations` where a dataset has no answers.
+
+    Raises:
+        InvalidSetting: There is no such metric, or one is named twice.
+        InvalidBank: None of them applies.
+    """
+    names = [name.strip() for name in metrics.split(SEPARATOR)]
+    for name in names:
+        if name not in METRICS:
+            raise InvalidSetting(f"metric `{name}`: expected one of {', '.join(METRICS)}")
+        if names.count(name) > 1:
+            raise InvalidSetting(f"metric `{name}` is named twice")
+    without = fingerprints.relations is None or (target is not None and target.relations is None)
+    left = tuple(name for name in names if name != "relations" or not without)
+    if not left:
+        raise InvalidBank(
+            "metric `relations`: a dataset has no answers apart from its inputs\n"
+            "choose another --metric"
+        )
+    return left
 
 
 def distances(
@@ -147,10 +192,11 @@ def similarity(metric: str, distances: Floats) -> Floats | None:
     """Distances as similarities: 1 for equal distributions, 0 for those that share no token.
 
     Returns:
-        float64, of the shape of `distances`: 1 − JS/ln 2 for `js`, 1 − d for `cosine`. None for
-        the other metrics, whose distances have no bound that means "nothing in common".
+        float64, of the shape of `distances`: 1 − JS/ln 2 for `js` and `relations`, 1 − d for
+        `cosine`. None for the other metrics, whose distances have no bound that means "nothing in
+        common".
     """
-    if metric == "js":
+    if metric in ("js", "relations"):
         return 1.0 - distances / LN2
     if metric == "cosine":
         return 1.0 - distances
@@ -172,10 +218,12 @@ def pairwise(
 
     Raises:
         InvalidSetting: No such metric.
-        InvalidBank: A row has no tokens.
+        InvalidBank: A row has no tokens, or no relations where the metric is of them.
     """
     if metric not in METRICS:
         raise InvalidSetting(f"metric `{metric}`: expected one of {', '.join(METRICS)}")
+    if metric == "relations":
+        metric, fingerprints = "js", _of_relations(fingerprints)
     form = _metrics.METRICS[metric](fingerprints)
     rows = _metrics.bank_rows(fingerprints)
     matrix = np.zeros((len(rows), len(rows)))
@@ -189,3 +237,31 @@ def pairwise(
         if progress is not None:
             progress(start + len(targets))
     return matrix + matrix.T if form.symmetric else matrix
+
+
+def _of_relations(fingerprints: Fingerprints) -> Fingerprints:
+    """The relations of a bank as fingerprints of their own."""
+    counts = fingerprints.relations
+    if counts is None:
+        raise InvalidBank("metric `relations`: a dataset of the bank has no answers")
+    rows, ids = np.nonzero(counts)
+    return replace(
+        fingerprints,
+        indptr=np.searchsorted(rows, np.arange(len(counts) + 1)),
+        ids=ids.astype(np.uint32),
+        counts=counts[rows, ids],
+        vocab_size=counts.shape[1],
+    )
+
+
+def _target_relations(target: Fingerprint) -> Fingerprint:
+    """The relations of a dataset as a fingerprint of its own."""
+    if target.relations is None:
+        raise InvalidDataset("metric `relations`: the dataset has no answers apart from its inputs")
+    ids = np.flatnonzero(target.relations)
+    return replace(
+        target,
+        ids=ids.astype(np.uint32),
+        counts=target.relations[ids],
+        vocab_size=len(target.relations),
+    )

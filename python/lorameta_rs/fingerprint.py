@@ -1,4 +1,4 @@
-"""A dataset's fingerprint: how often each token id occurs in it, sparse."""
+"""A dataset's fingerprint: how often each token id occurs in it, and how answers come about."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import safetensors
 import safetensors.numpy
 
 from lorameta_rs import files
-from lorameta_rs.dataset import texts
+from lorameta_rs.dataset import examples
 from lorameta_rs.errors import FileChanged, InvalidBank, InvalidDataset, LoraMetaError
+from lorameta_rs.relations import NAMES, Relations
 from lorameta_rs.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-FORMAT = 1
+FORMAT = 2
 """The version of the fingerprint file that is written, and the only one that is read."""
 
 _MAX_FILE = 1 << 30
@@ -60,7 +61,8 @@ class Fingerprint:
 
     `ids` [n] uint32, ascending and distinct; `counts` [n] uint64, positive. `rows` were counted;
     `tokenizer` is the SHA-256 of its file; `columns` is what the reader was asked for; `dataset`
-    is None where nobody recorded it.
+    is None where nobody recorded it. `relations` [len(relations.NAMES)] uint64 counts how answers
+    come from inputs; None where the dataset has no answers apart from its inputs.
     """
 
     ids: NDArray[np.uint32]
@@ -70,6 +72,7 @@ class Fingerprint:
     tokenizer: str = ""
     columns: tuple[str, ...] | None = None
     dataset: DatasetRecord | None = None
+    relations: NDArray[np.uint64] | None = None
 
     @property
     def tokens(self) -> int:
@@ -99,6 +102,8 @@ class Fingerprint:
         # One entry, because the library writes several in an order that changes from run to run.
         metadata = {"fingerprint": json.dumps(about)}
         tensors: dict[str, NDArray[Any]] = {"all.ids": self.ids, "all.counts": self.counts}
+        if self.relations is not None:
+            tensors["relations"] = self.relations
         files.write_whole(Path(path), safetensors.numpy.save(tensors, metadata))
 
     @classmethod
@@ -118,7 +123,9 @@ class Fingerprint:
                     about = json.loads((content.metadata() or {}).get("fingerprint", "null"))
                     ids = _vector(content, "all.ids", "U32")
                     counts = _vector(content, "all.counts", "U64")
-            return _checked(about, ids, counts)
+                    kept = "relations" in content.keys()  # noqa: SIM118, it is no mapping
+                    relations = _vector(content, "relations", "U64") if kept else None
+            return replace(_checked(about, ids, counts), relations=_relations(relations))
         except (safetensors.SafetensorError, ValueError, RecursionError) as error:
             hint = "where its dataset is there, `lorameta-rs index` makes it again"
             raise InvalidBank(f"`{path}`: not a fingerprint: {error}\n{hint}") from error
@@ -162,12 +169,14 @@ class Fingerprints:
 
     Row i has its ids in `ids[indptr[i]:indptr[i + 1]]` (uint32, ascending, distinct) and its
     counts in the same places of `counts` (uint64); `vocab_size` is the number of columns.
+    `relations` [rows, len(relations.NAMES)] is None where any of the datasets has none.
     """
 
     indptr: NDArray[np.int64]
     ids: NDArray[np.uint32]
     counts: NDArray[np.uint64]
     vocab_size: int
+    relations: NDArray[np.uint64] | None = None
 
     @classmethod
     def stack(cls, fingerprints: Sequence[Fingerprint]) -> Fingerprints:
@@ -190,11 +199,13 @@ class Fingerprints:
                     f"fingerprint {i} was made with another tokenizer than fingerprint 0: "
                     f"{other.identity}, not {first.identity}"
                 )
+        relations = [one.relations for one in fingerprints if one.relations is not None]
         return cls(
             indptr=np.cumsum([0, *(len(one.ids) for one in fingerprints)], dtype=np.int64),
             ids=_joined([one.ids for one in fingerprints]),
             counts=_joined([one.counts for one in fingerprints]),
             vocab_size=first.vocab_size,
+            relations=np.stack(relations) if len(relations) == len(fingerprints) else None,
         )
 
     def __len__(self) -> int:
@@ -249,7 +260,7 @@ def token_distribution(
     (array([0, 1, 2, 3], dtype=uint32), array([2, 2, 1, 1], dtype=uint64))
 
     Args:
-        dataset: The file; `dataset.texts` says which formats and fields it may have.
+        dataset: The file; `dataset.examples` says which formats and fields it may have.
         tokenizer: The base model's, or the path of its `tokenizer.json`.
         columns: The fields that make up a row's text, instead of those that are recognised.
         progress: Told, now and then, how many rows have been counted so far.
@@ -263,16 +274,17 @@ def token_distribution(
         InvalidSetting: `columns` names no field.
 
     Warns:
-        DatasetWarning: as `dataset.texts`.
+        DatasetWarning: as `dataset.examples`.
     """
     path, tokenizer = Path(dataset), Tokenizer.of(tokenizer)
     record = DatasetRecord.of(path)
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
-    rows = 0
-    contents = texts(path, columns=columns, vocab_size=tokenizer.vocab_size)
+    rows, relations = 0, Relations()
+    contents = examples(path, columns=columns, vocab_size=tokenizer.vocab_size)
     for batch in tokenizer.token_ids(contents):
-        ids = np.fromiter(chain.from_iterable(batch), dtype=np.int64)
+        ids = np.fromiter(chain.from_iterable(row for row, _ in batch), dtype=np.int64)
         counts += np.bincount(ids, minlength=len(counts))
+        relations.add(batch)
         rows += len(batch)
         if progress is not None:
             progress(rows)
@@ -289,6 +301,7 @@ def token_distribution(
         tokenizer=tokenizer.sha256,
         columns=_columns(columns),
         dataset=record,
+        relations=relations.counts if relations.counts.any() else None,
     )
 
 
@@ -336,6 +349,15 @@ def _checked(about: Any, ids: NDArray[np.uint32], counts: NDArray[np.uint64]) ->
         columns=_columns(columns),
         dataset=None if dataset is None else _record(dataset),
     )
+
+
+def _relations(counts: NDArray[np.uint64] | None) -> NDArray[np.uint64] | None:
+    """The counts that a file has; `ValueError` if they cannot be."""
+    if counts is None:
+        return None
+    if len(counts) != len(NAMES) or not counts.any() or counts.sum(dtype=np.float64) >= 2**63:
+        raise ValueError(f"its relations are not {len(NAMES)} counts")
+    return counts
 
 
 def _record(dataset: dict[str, Any]) -> DatasetRecord:

@@ -59,11 +59,11 @@ def generate(
     ...     sorted(path.name for path in out.iterdir())
     ['README.md', 'adapter_config.json', 'adapter_model.safetensors', 'lorameta.json']
     >>> found.relevance.nearest, round(found.relevance.effective_number, 1)
-    ('task026_topic_animals', 2.9)
+    ('task026_topic_animals', 3.0)
 
     Args:
         bank: The bank, or its folder. Fingerprints that it lacks are made first.
-        dataset: The new dataset; `dataset.texts` says which formats it may have.
+        dataset: The new dataset; `dataset.examples` says which formats it may have.
         out: The folder to be made, a PEFT adapter.
         settings: The metric, and how its distances become coefficients.
         options: How the merge is run.

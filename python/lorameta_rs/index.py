@@ -1,7 +1,7 @@
 """What `index` does to a bank: fingerprints for its datasets, and a file of what else is slow.
 
-`index.json` holds each adapter's SHA-256 and, for each metric, how far every member's dataset is
-from the nearest other: what a new dataset's distance is compared with.
+`index.json` holds each adapter's SHA-256 and the norms of what it does, and, for each metric, how
+far every member's dataset is from the nearest other, which a new one's distance is compared with.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorameta_rs import distance, files
+from lorameta_rs import _core, distance, files
 from lorameta_rs._metrics import bank_rows
-from lorameta_rs.errors import InvalidBank, LoraMetaError, UnreadableFile
+from lorameta_rs.errors import InvalidBank, LoraMetaError, NotFinite, UnreadableFile
 from lorameta_rs.fingerprint import token_distribution
 from lorameta_rs.relevance import leave_one_out_nearest
 
@@ -41,6 +41,13 @@ class AdapterRecord:
     sha256: str
     size: int
     mtime_ns: int
+    norms: list[float] | None = None
+    """‖B A‖ in each of its modules, without the scaling; None where they cannot be computed."""
+
+    def is_sound(self) -> bool:
+        """Whether its values are of their types: somebody may have written to the file."""
+        norms = self.norms or []
+        return isinstance(self.sha256, str) and all(type(norm) is float for norm in norms)
 
     def is_of(self, member: Member) -> bool:
         """Whether the member's file has the size and time recorded here."""
@@ -65,7 +72,7 @@ class Index:
             if found["format"] != FORMAT:
                 return cls(path)
             adapters = {name: AdapterRecord(**one) for name, one in found["adapters"].items()}
-            if not all(isinstance(record.sha256, str) for record in adapters.values()):
+            if not all(record.is_sound() for record in adapters.values()):
                 return cls(path)
             return cls(path, adapters, dict(found["nearest"]))
         except (LoraMetaError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -78,6 +85,12 @@ class Index:
         with files.refusals(self.path.parent):
             self.path.parent.mkdir(parents=True, exist_ok=True)
         files.write_whole(self.path, (json.dumps(content, indent=1) + "\n").encode())
+
+    def norms(self, member: Member) -> list[float] | None:
+        """The recorded norms of a member's modules, as `sha256` of its hash."""
+        record = self.adapters.get(member.name)
+        kept = None if record is None or not record.is_of(member) else record.norms
+        return kept if kept is not None and len(kept) == len(member.modules) else None
 
     def sha256(self, member: Member) -> str | None:
         """The recorded hash of a member's file; None if there is none, or the file has changed."""
@@ -170,7 +183,7 @@ def _equal_datasets(bank: Bank) -> list[str]:
 
 
 def hash_adapters(bank: Bank, progress: Callable[[str], None] | None = None) -> int:
-    """Record the SHA-256 of every adapter that has none yet, or has changed.
+    """Record the SHA-256 and the norms of every adapter that has none yet, or has changed.
 
     Returns:
         How many were hashed.
@@ -182,13 +195,24 @@ def hash_adapters(bank: Bank, progress: Callable[[str], None] | None = None) -> 
             progress(member.name)
         adapter = member.adapter
         digest = files.sha256(adapter.path)
-        index.adapters[member.name] = AdapterRecord(digest, adapter.size, adapter.mtime_ns)
+        index.adapters[member.name] = AdapterRecord(
+            digest, adapter.size, adapter.mtime_ns, _norms(member)
+        )
     gone = set(index.adapters) - set(bank.names) - set(bank.left_out)
     for name in gone:
         del index.adapters[name]
     if unknown or gone:
         index.save()
     return len(unknown)
+
+
+def _norms(member: Member) -> list[float] | None:
+    from lorameta_rs.merge import Options
+
+    try:
+        return _core.norms([member.adapter], Options())[0]
+    except NotFinite:  # `merge` says so, where the member is used
+        return None
 
 
 def nearest_distances(
@@ -202,7 +226,7 @@ def nearest_distances(
 
     Args:
         bank: Its members all have fingerprints.
-        metric: A key of `distance.METRICS`.
+        metric: A key of `distance.METRICS`, or several, separated by commas.
         patient: Compute them however long it takes, and keep them in the index.
         progress: Told how many members are done, of how many.
 
@@ -217,7 +241,11 @@ def nearest_distances(
     if len(bank) > _QUICK and not patient:
         return None
     tell = None if progress is None else lambda done: progress(done, len(bank))
-    found = leave_one_out_nearest(distance.pairwise(metric, bank.fingerprints, tell))
+    matrices = [
+        distance.pairwise(name, bank.fingerprints, tell)
+        for name in distance.applicable(metric, bank.fingerprints)
+    ]
+    found = leave_one_out_nearest(matrices[0] if len(matrices) == 1 else np.stack(matrices))
     if patient and len(bank) > 1:
         index.nearest[metric] = {"fingerprints": key, "distances": found.tolist()}
         index.save()
@@ -228,6 +256,7 @@ def _key(bank: Bank) -> str:
     """What the members' distances depend on: all of their fingerprints, in order."""
     digest = hashlib.sha256()
     counts = bank.fingerprints
-    for array in (counts.indptr, counts.ids, counts.counts):
-        digest.update(np.ascontiguousarray(array).data)
+    for array in (counts.indptr, counts.ids, counts.counts, counts.relations):
+        if array is not None:
+            digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()

@@ -78,8 +78,10 @@ class Options:
     """Of the result of `svd`; 16 unless given, or as much as there is."""
     energy: float | None = None
     """Instead of a rank: the share of ‖ΔW‖² that every module keeps at least."""
-    normalize: str = "none"
-    """One of `NORMALIZATIONS`."""
+    normalize: str | None = None
+    """One of `NORMALIZATIONS`. Unless given it is `unit` where the coefficients come from comparing
+    datasets and the method sums ΔW, so that no member counts for more because it is larger; weights
+    given by hand are taken as they are."""
     density: float | None = None
     """The share of the numbers that the methods of `SPARSE` keep of each member, in (0, 1]."""
     majority_sign: str = "total"
@@ -106,7 +108,7 @@ class Options:
         for name, found, known in (
             ("method", self.method, METHODS),
             ("dtype", self.dtype, DTYPES),
-            ("normalize", self.normalize, NORMALIZATIONS),
+            ("normalize", self.normalize or NORMALIZATIONS[0], NORMALIZATIONS),
             ("majority_sign", self.majority_sign, MAJORITIES),
             ("io", self.io, ("read", "mmap")),
         ):
@@ -138,12 +140,17 @@ class Options:
             )
         if self.density is not None and not 0 < self.density <= 1:
             raise InvalidSetting(f"density is {self.density}, expected a share above 0, up to 1")
-        if self.method == "soup" and self.normalize != "none":
+        if self.method == "soup" and self.normalize == "unit":
             raise InvalidSetting("normalize: norms are those of ΔW, which `soup` does not sum")
         if self.method == "svd" and self.allow_nan:
             raise InvalidSetting(
                 "allow_nan: `svd` cannot decompose NaN; `soup` and `cat` let it by"
             )
+
+    @classmethod
+    def paper(cls) -> Options:
+        """The paper's operator: factors summed apart, no norms; beside `ranking.Settings.paper`."""
+        return cls(method="soup", normalize="none")
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +172,7 @@ def plan(bank: Bank, jobs: Sequence[Job], options: Options | None = None) -> Mer
     options = options or Options()
     sums = Sums.of(bank, jobs, options)
     result_config(bank, sums.members, sums.rank or 1, 1.0)
-    run = replace(options, method=sums.method)
+    run = replace(options, method=sums.method, normalize=sums.normalize)
     planned = _core.plan(sums.adapters, sums.coefficients, sums.strengths, run)
     return Merged(planned, sums.method, sums.soup_error, [])
 
@@ -199,7 +206,7 @@ def merge(
     options = options or Options()
     sums = Sums.of(bank, jobs, options)
     result_config(bank, sums.members, sums.rank or 1, 1.0)  # what it refuses, before the work
-    run = replace(options, method=sums.method)
+    run = replace(options, method=sums.method, normalize=sums.normalize)
     index = Index.of(bank)
     hashes = {member.name: _hash(member, index, options.verify) for member in sums.members}
     outs = [job.out for job in jobs]

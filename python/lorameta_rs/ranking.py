@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Settings:
-    """How distances become coefficients; the defaults are the paper's best."""
+    """How distances become coefficients; the defaults are what did best (docs/quality.md)."""
 
-    metric: str = "js"
-    """A key of `distance.METRICS`."""
+    metric: str = "relations,mmd"
+    """A key of `distance.METRICS`, or several, separated by commas: their distances are added up
+    in standard deviations, without those that have nothing to say of a dataset."""
     pipeline: str = "normalized"
     """A key of `coefficients.PIPELINES`."""
     temperature: float = 1.0
@@ -36,6 +37,11 @@ class Settings:
     compat: str | None = None
     """`paper` for the arithmetic of the paper's authors."""
 
+    @classmethod
+    def paper(cls) -> Settings:
+        """The paper's best setting; beside it belongs `merge.Options.paper`."""
+        return cls(metric="js")
+
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
@@ -43,10 +49,13 @@ class Ranking:
 
     names: list[str]
     distances: Floats
+    """By the metric; of several metrics what `coefficients.combined` makes."""
     similarity: Floats | None
+    """Of several metrics the mean of those that have one."""
     coefficients: Floats
     relevance: Relevance
     settings: Settings
+    """With the metrics that had something to say."""
 
     def nearest_first(self) -> list[int]:
         """The members' places in `names`, by distance; of equal ones the first comes first."""
@@ -62,21 +71,31 @@ def rank(bank: Bank, target: Fingerprint, settings: Settings | None = None) -> R
         settings: The metric, and how its distances become coefficients.
 
     Raises:
-        InvalidBank: A member has no fresh fingerprint, or `target` has another vocabulary.
+        InvalidBank: A member has no fresh fingerprint, `target` has another vocabulary, or none of
+            the metrics has anything to say.
         InvalidSetting: A setting is out of range, or no member is similar enough.
     """
     settings = settings or Settings()
-    found = distance.distances(settings.metric, bank.fingerprints, target, settings.compat)
-    similarity = distance.similarity(settings.metric, found)
+    bank_counts, compat = bank.fingerprints, settings.compat
+    metrics = distance.applicable(settings.metric, bank_counts, target)
+    settings = replace(settings, metric=distance.SEPARATOR.join(metrics))
+    every = np.stack([distance.distances(name, bank_counts, target, compat) for name in metrics])
+    found = every[0] if len(metrics) == 1 else every
+    similar = [
+        one
+        for name, own in zip(metrics, every, strict=True)
+        if (one := distance.similarity(name, own)) is not None
+    ]
+    similarity = np.mean(similar, axis=0) if similar else None
     chosen = coefficients.select(
-        coefficients.from_distances(
-            found, settings.pipeline, settings.temperature, settings.compat
-        ),
+        coefficients.from_distances(found, settings.pipeline, settings.temperature, compat),
         top_k=settings.top_k,
         mass=settings.mass,
         similarity=similarity,
         min_similarity=settings.min_similarity,
     )
-    own = nearest_distances(bank, settings.metric) if settings.compat is None else None
+    if len(metrics) > 1:
+        found = coefficients.combined(every)
+    own = nearest_distances(bank, settings.metric) if compat is None else None
     about = relevance(bank.names, found, chosen, own)
     return Ranking(bank.names, found, similarity, chosen, about, settings)

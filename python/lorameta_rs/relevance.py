@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lorameta_rs.coefficients import combined
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -76,12 +78,16 @@ def leave_one_out_nearest(matrix: Floats) -> Floats:
     """Each dataset's distance to the nearest other of its bank.
 
     Args:
-        matrix: `distance.pairwise` of the bank [n, n].
+        matrix: `distance.pairwise` of the bank [n, n]; or by several metrics [metrics, n, n].
 
     Returns:
         float64 [n]; empty for a bank of one, which has no other.
     """
-    if len(matrix) < 2:
+    n = matrix.shape[-1]
+    if n < 2:
         return np.empty(0)
-    others = np.where(np.eye(len(matrix), dtype=bool), np.inf, matrix)
+    if matrix.ndim == 3:
+        rows = [combined(np.delete(matrix[:, i], i, axis=1)).min() for i in range(n)]
+        return np.array(rows)
+    others = np.where(np.eye(n, dtype=bool), np.inf, matrix)
     return np.asarray(others.min(axis=1))

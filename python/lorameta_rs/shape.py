@@ -11,6 +11,7 @@ from lorameta_rs import _core
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from lorameta_rs.index import Index
     from lorameta_rs.member import Member
 
 RELATED = 0.3
@@ -19,18 +20,25 @@ from one A have 0.40 to 0.82, those from A of their own at most 0.14."""
 
 
 def delta_norms(
-    members: Sequence[Member], progress: Callable[[int, int], object] | None = None
+    members: Sequence[Member],
+    index: Index | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> list[dict[str, float]]:
     """‖ΔW‖ (Frobenius) of each module of each member, by the module's name.
 
-    From the r × r Gram matrices of A and B: ‖s B A‖² = s² ⟨BᵀB, A Aᵀ⟩.
+    From the r × r Gram matrices of A and B: ‖s B A‖² = s² ⟨BᵀB, A Aᵀ⟩. Members whose norms `index`
+    has are not read again.
 
     Raises:
         UnreadableFile, NotFinite: A member cannot be read.
     """
     from lorameta_rs.merge import Options
 
-    products = _core.norms([member.adapter for member in members], Options(), progress)
+    known = {member.name: None if index is None else index.norms(member) for member in members}
+    unknown = [member for member in members if known[member.name] is None]
+    found = _core.norms([member.adapter for member in unknown], Options(threads=1), progress)
+    known |= {member.name: own for member, own in zip(unknown, found, strict=True)}
+    products = [known[member.name] or [] for member in members]
     return [
         {
             module.name: abs(scaling) * norm

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lorameta_rs import _core
 from lorameta_rs.errors import InvalidSetting, LayoutMismatch
+from lorameta_rs.index import Index
 from lorameta_rs.shape import delta_norms
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Sums:
         strengths: For each member and module the scaling of ΔW that goes into the tensors; None if
             `alpha` says it.
         method: The method, chosen if it was `auto`.
+        normalize: What is done with the members' norms, chosen if it was not given.
         soup_error: How far `soup` would be from the exact sum, at most of all jobs; None if that
             was not asked.
         rank: That of all members; None if they differ.
@@ -43,6 +45,7 @@ class Sums:
     coefficients: list[list[list[float]]]
     strengths: list[list[float]] | None
     method: str
+    normalize: str
     soup_error: float | None
     rank: int | None
     alpha: float | None
@@ -68,14 +71,23 @@ class Sums:
             for job, row in zip(jobs, rows, strict=True)
         ]
         scalings = [member.scalings for member in members]
+        normalize = options.normalize or _normalization(jobs, options)
+        options = replace(options, normalize=normalize)
         method, error = _method(members, coefficients, scalings, options)
         rank = _common_rank(members)
-        if options.normalize == "unit":
-            coefficients = _unit(members, coefficients)
+        if normalize == "unit":
+            coefficients = _unit(coefficients, delta_norms(members, Index.of(bank)))
         if method != "soup":
-            return cls(members, coefficients, scalings, method, error, rank, None)
+            return cls(members, coefficients, scalings, method, normalize, error, rank, None)
         alpha, strengths = _scaling(members, _one_rank(members))
-        return cls(members, coefficients, strengths, method, error, rank, alpha)
+        return cls(members, coefficients, strengths, method, normalize, error, rank, alpha)
+
+
+def _normalization(jobs: Sequence[Job], options: Options) -> str:
+    """What is done with the norms where the user did not say."""
+    compared = all(job.ranking is not None for job in jobs)
+    sums_deltas = options.method in ("auto", "svd", "cat") and not options.allow_nan
+    return "unit" if compared and sums_deltas else "none"
 
 
 def _checked(job: Job, bank: Bank) -> Floats:
@@ -122,19 +134,16 @@ def _method(
 
 
 def _unit(
-    members: Sequence[Member],
-    coefficients: list[list[list[float]]],
+    coefficients: list[list[list[float]]], norms: Sequence[dict[str, float]]
 ) -> list[list[list[float]]]:
     """Coefficients that give each ΔW norm one, and each sum the weighted mean of the norms.
 
     In module m: c_i / n_im · Σ_j |c_j| n_jm / Σ_j |c_j|, over the members that change m.
     """
-    norms = delta_norms(members)
 
     def of_job(rows: list[list[float]]) -> list[list[float]]:
         full = [
-            row * len(member.modules) if len(row) == 1 else row
-            for row, member in zip(rows, members, strict=True)
+            row * len(own) if len(row) == 1 else row for row, own in zip(rows, norms, strict=True)
         ]
         total: dict[str, float] = {}
         weight: dict[str, float] = {}

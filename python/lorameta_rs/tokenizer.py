@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import tokenizers
 
 from lorameta_rs import files
+from lorameta_rs.dataset import Example
 from lorameta_rs.errors import InvalidBank
 
 if TYPE_CHECKING:
@@ -72,12 +73,17 @@ class Tokenizer:
             InvalidBank: it is no tokenizer, or has no tokens for a text.
         """
         try:
-            return self._backend.encode_batch_fast(list(texts), add_special_tokens=True)
+            # Not the fast form, whose tokens do not know where in the text they stand.
+            return self._backend.encode_batch(list(texts), add_special_tokens=True)
         except Exception as error:  # the library raises nothing more precise
             raise InvalidBank(f"`{self.path}`: cannot encode a text: {error}") from error
 
-    def token_ids(self, rows: Iterable[str | list[int]]) -> Iterator[list[list[int]]]:
+    def token_ids(
+        self, rows: Iterable[Example | list[int]]
+    ) -> Iterator[list[tuple[list[int], int]]]:
         """The ids of the texts in `rows`, and those that are ids already, a batch at a time.
+
+        Each comes with the number of ids before its answer: all of them where it has none.
 
         While the caller has one batch the next is in work, so reading the rows and counting
         their ids cost little time. Within a batch the order is not that of `rows`. Errors as
@@ -85,7 +91,7 @@ class Tokenizer:
         """
         worker = ThreadPoolExecutor(1)
         try:
-            begun: Future[list[list[int]]] | None = None
+            begun: Future[list[tuple[list[int], int]]] | None = None
             for batch in _batches(rows):
                 following = worker.submit(self._batch_ids, batch)
                 if begun is not None:
@@ -96,10 +102,14 @@ class Tokenizer:
         finally:
             worker.shutdown(cancel_futures=True)
 
-    def _batch_ids(self, batch: list[str | list[int]]) -> list[list[int]]:
-        ready = [row for row in batch if not isinstance(row, str)]
-        encodings = self.encode([row for row in batch if isinstance(row, str)])
-        return ready + [encoding.ids for encoding in encodings]
+    def _batch_ids(self, batch: list[Example | list[int]]) -> list[tuple[list[int], int]]:
+        ready = [(row, len(row)) for row in batch if not isinstance(row, Example)]
+        examples = [row for row in batch if isinstance(row, Example)]
+        encodings = self.encode([example.text for example in examples])
+        return ready + [
+            (encoding.ids, _answer_start(encoding, example))
+            for encoding, example in zip(encodings, examples, strict=True)
+        ]
 
     @cached_property
     def _backend(self) -> tokenizers.Tokenizer:
@@ -115,13 +125,28 @@ class Tokenizer:
         return backend
 
 
-def _batches(rows: Iterable[str | list[int]]) -> Iterator[list[str | list[int]]]:
+def _answer_start(encoding: tokenizers.Encoding, example: Example) -> int:
+    """The first token of an answer: the one that holds its first character, if any does.
+
+    White space at its beginning may be in no token.
+    """
+    start = len(example.before)
+    blank = len(example.answer) - len(example.answer.lstrip())
+    for character in (start, start + blank) if example.answer else ():
+        token = encoding.char_to_token(character)
+        if token is not None:
+            return token
+    return len(encoding.ids)
+
+
+def _batches(rows: Iterable[Example | list[int]]) -> Iterator[list[Example | list[int]]]:
     """`rows` in order; a batch ends with the row that fills it."""
-    batch: list[str | list[int]] = []
+    batch: list[Example | list[int]] = []
     size = 0
     for row in rows:
         batch.append(row)
-        size += 1 + len(row)  # so that empty rows fill one too
+        # One more, so that empty rows fill one too.
+        size += 1 + len(row.text if isinstance(row, Example) else row)
         if size >= _BATCH:
             yield batch
             batch, size = [], 0

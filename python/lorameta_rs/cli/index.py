@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 @click.option(
     "--metric",
     "metrics",
-    type=click.Choice(options.METRICS),
+    type=options.Metrics(),
     multiple=True,
-    default=("js",),
+    default=(options.METRIC,),
     show_default=True,
-    help="Compare the members' datasets with each other by this metric.",
+    help="Compare the members' datasets with each other as `rank` and `merge` do by this.",
 )
 @options.as_json
 def index(bank: Path, metrics: tuple[str, ...], as_json: bool, **arguments: Any) -> None:

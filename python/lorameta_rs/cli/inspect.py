@@ -108,7 +108,7 @@ def _norms_and_groups(sound: Sequence[tuple[Member, dict[str, Any]]]) -> list[li
     if not members:
         return []
     with console.progress("measuring ΔW") as update:
-        norms = delta_norms(members, update)
+        norms = delta_norms(members, progress=update)
     for (_, one), own in zip(sound, norms, strict=True):
         one["norms"] = own
         one["norm"] = sum(norm**2 for norm in own.values()) ** 0.5

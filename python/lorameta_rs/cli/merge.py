@@ -78,9 +78,8 @@ _LARGEST_WEIGHTS = 16 << 20
 @click.option(
     "--normalize",
     type=click.Choice(options.NORMALIZATIONS),
-    default=options.NORMALIZATIONS[0],
-    show_default=True,
-    help="`unit` brings each ΔW to norm one, and the sum to the mean of the norms.",
+    help="`unit` brings each ΔW to norm one, and the sum to the mean of the norms: the default of "
+    "`auto`, `svd` and `cat` for a DATASET.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of what is random.")
 @click.option(
@@ -133,15 +132,16 @@ def merge(
 
     if sum((bool(datasets), bool(weights), repeat is not None)) != 1:
         raise click.UsageError("give one of: a DATASET, --weights, --repeat")
+    arguments = options.as_paper(context, arguments)
     if repeat is not None:
-        _refuse(context, (*options.SETTINGS, "columns", *_OF_RESULT), "--repeat")
+        options.refuse(context, (*options.SETTINGS, "paper", "columns", *_OF_RESULT), "--repeat")
         opened, jobs, run = _repeated(repeat, bank, _one(outs), arguments)
     elif bank is None:
         raise click.UsageError("Missing argument 'BANK'.")
     else:
         run = _options(arguments)
         if weights:
-            _refuse(context, (*options.SETTINGS, "columns"), "--weights")
+            options.refuse(context, (*options.SETTINGS, "columns"), "--weights")
             opened, jobs = _weighted(bank, weights, _one(outs), arguments)
         else:
             opened, jobs = _compared(bank, datasets, outs, arguments, keep=not dry_run)
@@ -156,13 +156,6 @@ def merge(
         console.data(_as_data(opened, jobs, done))
     else:
         _say_done(jobs, done, dry_run)
-
-
-def _refuse(context: click.Context, names: Sequence[str], beside: str) -> None:
-    """Options that would have no effect are no options."""
-    for name in names:
-        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
-            raise click.UsageError(f"--{name.replace('_', '-')} has no effect beside {beside}")
 
 
 def _options(arguments: dict[str, Any]) -> Options:
@@ -203,6 +196,7 @@ def _compared(
     fingerprinted(opened, keep)
     with console.rows("counting the new tokens") as update:
         jobs = jobs_for(opened, datasets, folders, settings, arguments["columns"], update)
+    opened.forget_fingerprints()
     return opened, jobs
 
 

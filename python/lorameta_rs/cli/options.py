@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from lorameta_rs.bank import Bank
     from lorameta_rs.ranking import Settings
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 # The names are those of `distance.METRICS`, `coefficients.PIPELINES` and `merge`, whose import
 # would load numpy; a test compares them.
-METRICS = ("js", "kl", "wasserstein", "mmd", "cosine")
+METRICS = ("js", "kl", "wasserstein", "mmd", "cosine", "relations")
+METRIC = "relations,mmd"
 PIPELINES = ("normalized", "attentional", "nearest", "uniform")
 SPARSE = ("magnitude_prune", "ties", "dare_linear", "dare_ties")
 METHODS = ("auto", "soup", "svd", "cat", "linear", *SPARSE, *(f"{name}_svd" for name in SPARSE))
@@ -51,6 +52,20 @@ class Columns(click.ParamType[tuple[str, ...]]):
         if not all(names):
             self.fail(f"{value!r}: expected names separated by commas", param, ctx)
         return names
+
+
+class Metrics(click.ParamType[str]):
+    """Names of metrics, separated by commas."""
+
+    name = "METRIC,…"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The names, without blanks."""
+        names = [name.strip() for name in value.split(",")]
+        for name in names:
+            if name not in METRICS or names.count(name) > 1:
+                self.fail(f"{value!r}: expected some of {', '.join(METRICS)}", param, ctx)
+        return ",".join(names)
 
 
 def bank(function: Command) -> Command:
@@ -105,10 +120,16 @@ def settings(function: Command) -> Command:
         ),
         click.option(
             "--metric",
-            type=click.Choice(METRICS),
-            default=METRICS[0],
+            type=Metrics(),
+            default=METRIC,
             show_default=True,
-            help="How datasets are compared.",
+            help="How datasets are compared: js, kl, wasserstein, mmd, cosine, relations. The "
+            "distances of several are added up, in standard deviations.",
+        ),
+        click.option(
+            "--paper",
+            is_flag=True,
+            help="The paper's setting: metric js, pipeline normalized, factors summed apart.",
         ),
     ):
         function = decorate(function)
@@ -117,6 +138,31 @@ def settings(function: Command) -> Command:
 
 SETTINGS = ("metric", "pipeline", "temperature", "top_k", "mass", "min_similarity")
 BANK = ("base_model", "exclude", "fingerprints", "drop_unsupported")
+
+
+PAPER = {
+    "metric": "js",
+    "pipeline": "normalized",
+    "temperature": 1.0,
+    "method": "soup",
+    "normalize": "none",
+}
+
+
+def as_paper(context: click.Context, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with those of the paper in their place, if that was asked for."""
+    if not arguments.pop("paper"):
+        return arguments
+    settled = {name: value for name, value in PAPER.items() if name in arguments}
+    refuse(context, tuple(settled), "--paper")
+    return arguments | settled
+
+
+def refuse(context: click.Context, names: Sequence[str], beside: str) -> None:
+    """Options that would have no effect are no options."""
+    for name in names:
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{name.replace('_', '-')} has no effect beside {beside}")
 
 
 def settings_from(arguments: dict[str, Any]) -> Settings:

@@ -25,7 +25,10 @@ HEADERS = ("member", "distance", "similarity", "coefficient")
 @options.columns("DATASET")
 @options.bank
 @options.as_json
-def rank(bank: Path, dataset: Path, as_json: bool, **arguments: Any) -> None:
+@click.pass_context
+def rank(
+    context: click.Context, /, bank: Path, dataset: Path, as_json: bool, **arguments: Any
+) -> None:
     """List the members of BANK, nearest to DATASET first.
 
     Each comes with the coefficient that `merge` would give it.
@@ -33,6 +36,7 @@ def rank(bank: Path, dataset: Path, as_json: bool, **arguments: Any) -> None:
     from lorameta_rs.fingerprint import token_distribution
     from lorameta_rs.ranking import rank
 
+    arguments = options.as_paper(context, arguments)
     settings = options.settings_from(arguments)
     opened = options.bank_from(bank, arguments)
     fingerprinted(opened)
