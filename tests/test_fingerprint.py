@@ -273,3 +273,19 @@ def test_staleness(tmp_path):
     assert "another tokenizer, of 513 ids" in larger.staleness(tokenizer=TOKENIZER)
     unrecorded = dataclasses.replace(fresh, dataset=None)
     assert "does not say" in unrecorded.staleness(dataset=path)
+
+
+def test_relations_are_those_of_the_first_rows(tmp_path):
+    row = json.dumps({"input": "to be or not", "output": "not"}) + "\n"
+    found = []
+    for count in (4096, 4097, 9000):
+        path = tmp_path / f"{count}.jsonl"
+        path.write_text(row * count)
+        found.append(token_distribution(path, tokenizer=TOKENIZER))
+    assert [one.rows for one in found] == [4096, 4097, 9000]
+    assert found[0].relations.sum() > 4096
+    assert all(np.array_equal(one.relations, found[0].relations) for one in found)
+    found[0].save(tmp_path / "f.safetensors")
+    assert np.array_equal(
+        Fingerprint.load(tmp_path / "f.safetensors").relations, found[0].relations
+    )

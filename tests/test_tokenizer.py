@@ -82,7 +82,7 @@ def test_ctrl_c_waits_for_the_batch_in_work_alone(tmp_path, monkeypatch):
     tokenizer = saved(tmp_path / "t.json", {"?": 0, "a": 1})
     encoded = []
 
-    def encode(tokenizer, texts):
+    def encode(tokenizer, texts, placed):
         encoded.append(texts)
         time.sleep(0.1)  # until the next batch has been handed over, and is waited for
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)

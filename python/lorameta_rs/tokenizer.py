@@ -63,18 +63,20 @@ class Tokenizer:
             raise InvalidBank(f"`{self.path}`: its largest token id is {size - 1}, {expected}")
         return size
 
-    def encode(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
+    def encode(self, texts: Sequence[str], *, placed: bool = False) -> list[tokenizers.Encoding]:
         """The tokens of each text with the special tokens that the model wants around it.
 
-        The texts are shared out among all cores, and the interpreter is free meanwhile.
+        The texts are shared out among all cores, and the interpreter is free meanwhile. Tokens that
+        are `placed` know where in their text they stand, which takes half as long again.
 
         Raises:
             MissingFile, UnreadableFile: the file cannot be read.
             InvalidBank: it is no tokenizer, or has no tokens for a text.
         """
         try:
-            # Not the fast form, whose tokens do not know where in the text they stand.
-            return self._backend.encode_batch(list(texts), add_special_tokens=True)
+            backend = self._backend
+            encode = backend.encode_batch if placed else backend.encode_batch_fast
+            return encode(list(texts), add_special_tokens=True)
         except Exception as error:  # the library raises nothing more precise
             raise InvalidBank(f"`{self.path}`: cannot encode a text: {error}") from error
 
@@ -105,7 +107,8 @@ class Tokenizer:
     def _batch_ids(self, batch: list[Example | list[int]]) -> list[tuple[list[int], int]]:
         ready = [(row, len(row)) for row in batch if not isinstance(row, Example)]
         examples = [row for row in batch if isinstance(row, Example)]
-        encodings = self.encode([example.text for example in examples])
+        answers = any(example.answer for example in examples)
+        encodings = self.encode([example.text for example in examples], placed=answers)
         return ready + [
             (encoding.ids, _answer_start(encoding, example))
             for encoding, example in zip(encodings, examples, strict=True)
