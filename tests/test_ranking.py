@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from lorameta_rs.flow import jobs_for
 from lorameta_rs.index import make_fingerprints
 from lorameta_rs.merge import Options
 from lorameta_rs.ranking import Settings
+from lorameta_rs.relations import NAMES
 
 WORDS = ["where", "is", "the", "window", "two", "and", "four", "three", "six", "here", "ten"]
 
@@ -200,6 +202,14 @@ def test_relations_are_left_out_of_datasets_without_answers(bank, target):
     assert Settings().metric == "relations,mmd"
     found = bank.rank(target)
     assert found.settings.metric == "mmd"
+    assert found.note == (
+        "`relations` is left out: the new dataset's rows do not tell answers from inputs"
+    )
+    with_ = replace(target, relations=np.ones(len(NAMES), np.uint64))
+    assert bank.rank(with_).note == (
+        "`relations` is left out: the rows of `a` and 4 others do not tell answers from inputs"
+    )
+    assert bank.rank(target, metric="mmd").note is None
     np.testing.assert_array_equal(found.distances, bank.rank(target, metric="mmd").distances)
 
 

@@ -157,6 +157,12 @@ class Bank:
             )
         return self._kept.stack(self.names)
 
+    @property
+    def without_answers(self) -> list[str]:
+        """The members whose datasets do not tell answers from inputs, as far as they are known."""
+        known = self._kept.loaded
+        return [name for name in self.names if name in known and known[name].relations is None]
+
     def unfingerprinted(self) -> dict[str, str]:
         """The members without a fresh fingerprint, and why."""
         return self._kept.unusable()

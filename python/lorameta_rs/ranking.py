@@ -56,6 +56,8 @@ class Ranking:
     relevance: Relevance
     settings: Settings
     """With the metrics that had something to say."""
+    note: str | None = None
+    """Which metric had nothing to say, and of what; None if all had."""
 
     def nearest_first(self) -> list[int]:
         """The members' places in `names`, by distance; of equal ones the first comes first."""
@@ -78,6 +80,7 @@ def rank(bank: Bank, target: Fingerprint, settings: Settings | None = None) -> R
     settings = settings or Settings()
     bank_counts, compat = bank.fingerprints, settings.compat
     metrics = distance.applicable(settings.metric, bank_counts, target)
+    every_metric = len(metrics) == len(settings.metric.split(distance.SEPARATOR))
     settings = replace(settings, metric=distance.SEPARATOR.join(metrics))
     every = np.stack([distance.distances(name, bank_counts, target, compat) for name in metrics])
     found = every[0] if len(metrics) == 1 else every
@@ -98,4 +101,16 @@ def rank(bank: Bank, target: Fingerprint, settings: Settings | None = None) -> R
         found = coefficients.combined(every)
     own = nearest_distances(bank, settings.metric) if compat is None else None
     about = relevance(bank.names, found, chosen, own)
-    return Ranking(bank.names, found, similarity, chosen, about, settings)
+    note = None if every_metric else _without_relations(bank, target)
+    return Ranking(bank.names, found, similarity, chosen, about, settings, note)
+
+
+def _without_relations(bank: Bank, target: Fingerprint) -> str:
+    """Why datasets are not compared by `relations`."""
+    if target.relations is None:
+        whose = "the new dataset's rows do"
+    else:
+        first, *others = bank.without_answers
+        more = f" and {len(others)} others" if others else ""
+        whose = f"the rows of `{first}`{more} do"
+    return f"`relations` is left out: {whose} not tell answers from inputs"

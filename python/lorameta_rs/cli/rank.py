@@ -107,12 +107,19 @@ def described(ranking: Ranking) -> dict[str, Any]:
         for i in ranking.nearest_first()
     ]
     relevance = asdict(ranking.relevance) | {"warning": ranking.relevance.warning}
-    return {"settings": asdict(ranking.settings), "members": members, "relevance": relevance}
+    return {
+        "settings": asdict(ranking.settings),
+        "note": ranking.note,
+        "members": members,
+        "relevance": relevance,
+    }
 
 
 def say_relevance(ranking: Ranking) -> None:
     """How good a match the bank is."""
     about = ranking.relevance
+    if ranking.note is not None:
+        console.say(ranking.note)
     nearest = f"nearest is `{about.nearest}` at {about.distance:.4g}"
     if about.warning is not None:
         console.warn(about.warning)
