@@ -11,8 +11,9 @@ use std::{
 use rayon::prelude::*;
 
 use crate::{
+    container::{self, Container, Contents, Opening},
     error::{At, Error, Result},
-    header,
+    gguf,
     layout::Layout,
 };
 
@@ -24,6 +25,10 @@ pub struct Adapter {
     pub path: PathBuf,
     /// Its tensors and modules, shared by all adapters that have the same ones in the same places.
     pub layout: Arc<Layout>,
+    /// Its format.
+    pub container: Container,
+    /// The keys of a GGUF file; none of another.
+    pub metadata: Arc<gguf::Metadata>,
     stamp: Stamp,
 }
 
@@ -46,37 +51,33 @@ impl Adapter {
     /// Read and check the header of `path`.
     ///
     /// # Errors
-    /// The file cannot be read, is not safetensors, or holds something else than LoRA factors.
+    /// The file cannot be read, is no adapter, or holds something else than LoRA factors.
     pub fn open(path: &Path) -> Result<Self> {
-        Self::read(path, false)
+        Self::read(path, &Opening::default())
     }
 
-    fn read(path: &Path, drop_unsupported: bool) -> Result<Self> {
-        let invalid = |reason| Error::File { path: path.to_owned(), reason };
-        // Asked before opening: opening a FIFO would wait for a writer.
-        let metadata = std::fs::metadata(path).at(path)?;
-        if !metadata.is_file() {
-            let kind = if metadata.is_dir() { "a folder" } else { "not a regular file" };
-            return Err(invalid(format!("is {kind}, expected a safetensors file")));
-        }
-        let mut file = File::open(path).at(path)?;
+    fn read(path: &Path, opening: &Opening) -> Result<Self> {
+        let (file, _) = container::open(path)?;
         let stamp = Stamp::of(&file.metadata().at(path)?);
-        let (tensors, notes) = header::read(&mut file, stamp.size).at(path)?.map_err(invalid)?;
+        let contents = container::read(path, file, stamp.size, opening)?;
+        let Contents { container, metadata, tensors, notes } = contents;
         if tensors.is_empty() {
-            return Err(invalid("holds no tensor".to_owned()));
+            let reason = "holds no tensor".to_owned();
+            return Err(Error::File { path: path.to_owned(), reason });
         }
-        let layout = Layout::of(tensors, notes, drop_unsupported).map_err(|fault| {
+        let layout = Layout::of(tensors, notes, opening.drop_unsupported).map_err(|fault| {
             Error::Tensor { path: path.to_owned(), tensor: fault.tensor, reason: fault.reason }
         })?;
-        Ok(Self { path: path.to_owned(), layout: Arc::new(layout), stamp })
+        let (layout, metadata) = (Arc::new(layout), Arc::new(metadata));
+        Ok(Self { path: path.to_owned(), layout, container, metadata, stamp })
     }
 
     /// Open many adapters in parallel; those with the same layout share it. The answers are in the
-    /// order of `paths`. `drop_unsupported` leaves out tensors that belong to more than plain LoRA.
-    pub fn open_all(paths: &[PathBuf], drop_unsupported: bool) -> Vec<Result<Self>> {
+    /// order of `paths`.
+    pub fn open_all(paths: &[PathBuf], opening: &Opening) -> Vec<Result<Self>> {
         let layouts = Mutex::new(HashSet::<Arc<Layout>>::new());
         let open = |path: &PathBuf| {
-            let mut adapter = Self::read(path, drop_unsupported)?;
+            let mut adapter = Self::read(path, opening)?;
             let mut known = layouts.lock().unwrap_or_else(PoisonError::into_inner);
             match known.get(&adapter.layout) {
                 Some(layout) => adapter.layout = Arc::clone(layout),
@@ -130,8 +131,10 @@ mod tests {
         let same = Spec::default();
         let other = Spec { rank: 3, ..Spec::default() };
         let paths = [same.write(&folder, "a"), same.write(&folder, "b"), other.write(&folder, "c")];
-        let opened: Vec<_> =
-            Adapter::open_all(&paths, false).into_iter().map(Result::unwrap).collect();
+        let opened: Vec<_> = Adapter::open_all(&paths, &Opening::default())
+            .into_iter()
+            .map(Result::unwrap)
+            .collect();
         assert!(Arc::ptr_eq(&opened[0].layout, &opened[1].layout));
         assert!(!Arc::ptr_eq(&opened[0].layout, &opened[2].layout));
     }

@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, btree_map::Entry};
 use crate::{
     adapter::Adapter,
     error::{Error, Result},
-    header::Tensor,
     layout::{Factor, Kind},
+    tensor::Tensor,
 };
 
 /// Adapters that are to be combined, and the factors that any of them has.

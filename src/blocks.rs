@@ -3,9 +3,11 @@
 use crate::{
     adapter::Adapter,
     bank::Bank,
+    dtype::BLOCK,
     error::{Error, Result},
     joint::{Joint, Share},
     source::Io,
+    tensor::Tensor,
 };
 
 /// How a job is to be run.
@@ -121,12 +123,13 @@ impl Plan {
             range.end - range.start
         });
         let io = options.io;
-        let widest = held().map(|holder| bank.tensor(*holder).dtype.bytes()).max().unwrap_or(4);
+        let widest = held().map(|holder| bank.tensor(*holder).width()).max().unwrap_or(4);
         let total: usize = bank.slots.iter().map(|slot| slot.len()).sum();
         // Of each thread, in bytes: per element of a run the rows of a group; per element of what
         // is written together the sums, and a target's sums once more in the output's type.
         let (row, sum) = (group * widest, targets * 4 + 4);
-        let fixed = group * (STRIP * 4 + 128);
+        let extra = held().map(|holder| bank.tensor(*holder).extra()).max().unwrap_or(0);
+        let fixed = group * (STRIP * 4 + 128) + extra;
         let share = options.memory / threads;
         let fits = share.saturating_sub(fixed) / (row + sum);
         if fits < SHORTEST.min(total) {
@@ -170,6 +173,8 @@ impl Plan {
         need: usize,
         options: &Options,
     ) -> Result<Self> {
+        let tensors = adapters.iter().flat_map(|adapter| &adapter.layout.tensors);
+        let need = need + tensors.map(Tensor::extra).max().unwrap_or(0);
         if need > options.memory {
             return Err(Error::Memory {
                 given: options.memory >> 20,
@@ -208,14 +213,22 @@ impl Plan {
     }
 }
 
-/// Cut slots of these lengths into runs of `length` elements; the last one may be shorter.
+/// Cut slots of these lengths into runs of `length` elements, or a few less where a packed block
+/// would be divided; the last one may be shorter.
 fn cut(slots: impl Iterator<Item = usize>, length: usize) -> Vec<Run> {
     let mut runs = Vec::new();
     let mut run = Run::default();
     for (slot, len) in slots.enumerate() {
         let mut start = 0;
         while start < len {
-            let taken = (len - start).min(length - run.len);
+            let mut taken = (len - start).min(length - run.len);
+            if start + taken < len {
+                taken -= taken % BLOCK;
+            }
+            if taken == 0 {
+                runs.push(std::mem::take(&mut run));
+                continue;
+            }
             run.pieces.push(Piece { slot, start, len: taken });
             run.len += taken;
             start += taken;
@@ -251,8 +264,8 @@ mod tests {
     proptest! {
         #[test]
         fn every_element_is_in_one_run_and_in_order(
-            slots in prop::collection::vec(0usize..50, 0..12),
-            length in 1usize..40,
+            slots in prop::collection::vec(0usize..500, 0..12),
+            length in BLOCK..300,
         ) {
             let runs = cut(slots.iter().copied(), length);
             let elements = |pieces: &[Piece]| -> Vec<(usize, usize)> { pieces
@@ -270,7 +283,9 @@ mod tests {
             for (i, run) in runs.iter().enumerate() {
                 let sum: usize = run.pieces.iter().map(|piece| piece.len).sum();
                 prop_assert_eq!(run.len, sum);
-                prop_assert!(run.len == length || i + 1 == runs.len());
+                prop_assert!(run.len <= length);
+                prop_assert!(run.len > length - BLOCK || i + 1 == runs.len());
+                prop_assert!(run.pieces.iter().all(|piece| piece.start % BLOCK == 0));
             }
         }
     }

@@ -15,36 +15,15 @@ use serde::{
     de::{Error as _, MapAccess, Visitor},
 };
 
-use crate::{Dtype, error::Quoted};
+use crate::{
+    Dtype,
+    error::Quoted,
+    tensor::{Order, Tensor},
+};
 
 /// The longest header that is read. The format allows 100 MB; two hundred thousand tensors, more
 /// than any adapter has, need a fifth of this.
-const LONGEST: u64 = 64 << 20;
-
-/// One tensor as its header describes it.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct Tensor {
-    /// Its name in the file.
-    pub name: String,
-    /// Its element type.
-    pub dtype: Dtype,
-    /// Its shape; empty for a scalar.
-    pub shape: Vec<usize>,
-    /// Where its bytes lie in the file.
-    pub bytes: Range<u64>,
-}
-
-impl Tensor {
-    /// How many numbers it holds.
-    pub fn len(&self) -> usize {
-        self.shape.iter().product()
-    }
-
-    /// Whether it holds no number at all.
-    pub fn is_empty(&self) -> bool {
-        self.bytes.is_empty()
-    }
-}
+pub(crate) const LONGEST: u64 = 64 << 20;
 
 /// The tensors and notes of a header, or what is wrong with it.
 type Checked = Result<(Vec<Tensor>, Vec<String>), String>;
@@ -97,7 +76,7 @@ fn check(start: &[u8], json: Option<&[u8]>, size: u64) -> Checked {
 /// What else is often found under the name, once it is known not to be a header's length.
 fn foreign(start: &[u8]) -> Option<&'static str> {
     const PICKLE: &str = "a pickle (which is never opened)";
-    let known: [(&[u8], &str); 9] = [
+    let known: [(&[u8], &str); 8] = [
         (b"version", "a Git LFS pointer (run `git lfs pull`)"),
         (b"<", "an HTML or XML page"),
         (b"\x1f\x8b", "gzip-compressed"),
@@ -106,13 +85,12 @@ fn foreign(start: &[u8]) -> Option<&'static str> {
         (b"\x80\x03", PICKLE),
         (b"\x80\x04", PICKLE),
         (b"\x80\x05", PICKLE),
-        (b"GGUF", "GGUF"),
     ];
     known.iter().find(|(magic, _)| start.starts_with(magic)).map(|(_, kind)| *kind)
 }
 
 /// Fill as much of `buffer` as the file has.
-fn read_up_to(file: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
+pub(crate) fn read_up_to(file: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
     let mut got = 0;
     while got < buffer.len() {
         match file.read(&mut buffer[got..])? {
@@ -186,7 +164,8 @@ impl<'de> Visitor<'de> for EntriesVisitor {
             let bytes = entry
                 .bytes()
                 .map_err(|why| M::Error::custom(format!("{}: {why}", Quoted(&name))))?;
-            tensors.push(Tensor { name, dtype: entry.dtype, shape: entry.shape, bytes });
+            let (dtype, shape) = (entry.dtype, entry.shape);
+            tensors.push(Tensor { name, dtype, shape, bytes, order: Order::Rows });
         }
         Ok(Entries(tensors))
     }

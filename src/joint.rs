@@ -13,7 +13,6 @@ use crate::{
     Io,
     adapter::Adapter,
     error::{At, Error, Result, not_finite},
-    kernels::widest,
     layout::{Factor, Kind, Module},
     source::Source,
     watch::Watch,
@@ -149,17 +148,10 @@ impl<'a> Reader<'a> {
         let adapter = self.adapters[share.adapter];
         let layout = &adapter.layout;
         let tensor = &layout.tensors[layout.modules[share.module].tensor(factor)];
-        let at = |element: usize| tensor.bytes.start + (element * tensor.dtype.bytes()) as u64;
-        let place = at(range.start)..at(range.end);
-        let length = (place.end - place.start) as usize;
-        if bytes.len() < length {
-            bytes.resize(length, 0);
-        }
         let source = &self.sources[share.adapter];
-        let read = source.bytes(place.clone(), bytes).at(&adapter.path)?;
         let numbers = &mut numbers[..range.len()];
-        (widest().widen)(tensor.dtype, read, numbers);
-        source.release(&place);
+        tensor.read(source, range.clone(), bytes, numbers).at(&adapter.path)?;
+        source.release(&tensor.span(&range));
         // Without a branch first, so that the loop is widened.
         if !self.allow_nan
             && !numbers.iter().fold(true, |all, number| all & number.is_finite())
@@ -171,7 +163,7 @@ impl<'a> Reader<'a> {
                 value: not_finite(number),
             });
         }
-        self.watch.advance(length);
+        self.watch.advance(tensor.dtype.size(range.len()));
         Ok(())
     }
 

@@ -16,7 +16,7 @@ use crate::Dtype;
 
 /// `sums[k · stride + j] += Σ_i weights[k · n + i] · rows[i][j]` for every column j of the rows,
 /// K targets by n rows; each column is summed in the order of the rows. The rows are the
-/// little-endian bytes of float32, float16 or bfloat16, at any alignment.
+/// little-endian bytes of float32, float16, bfloat16 or whole blocks of `Q8_0`, at any alignment.
 pub type AddProducts =
     fn(sums: &mut [f32], stride: usize, dtype: Dtype, rows: &[&[u8]], weights: &[f32]);
 
@@ -116,7 +116,10 @@ pub fn widest() -> Kernel {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::dtype::BLOCK;
     use proptest::prelude::*;
+
+    const DTYPES: [Dtype; 4] = [Dtype::F32, Dtype::F16, Dtype::BF16, Dtype::Q8_0];
 
     fn numbers(len: usize, seed: u32) -> Vec<f32> {
         let mut state = seed.wrapping_mul(747_796_405).wrapping_add(1);
@@ -149,11 +152,13 @@ mod tests {
 
     #[test]
     fn all_kernels_give_the_bits_of_the_plain_loop() {
-        for (kernel, dtype) in available()
-            .iter()
-            .flat_map(|kernel| [Dtype::F32, Dtype::F16, Dtype::BF16].map(|dtype| (kernel, dtype)))
+        for (kernel, dtype) in
+            available().iter().flat_map(|kernel| DTYPES.map(|dtype| (kernel, dtype)))
         {
-            for len in (0..70).chain([127, 128, 129, 2048]) {
+            for len in (0..70).chain([96, 127, 128, 129, 160, 2048]) {
+                if dtype == Dtype::Q8_0 && len % BLOCK != 0 {
+                    continue;
+                }
                 for (targets, members) in [(1, 1), (1, 3), (2, 8), (4, 5), (5, 2), (9, 3)] {
                     let (bytes, rows): (Vec<_>, Vec<_>) =
                         (0..members).map(|i| rounded(dtype, &numbers(len, i as u32))).unzip();
@@ -221,6 +226,24 @@ mod tests {
             check(&got, |half| half::f16::from_bits(half).to_f32());
             (kernel.widen)(Dtype::BF16, &bytes, &mut got);
             check(&got, |half| half::bf16::from_bits(half).to_f32());
+        }
+    }
+
+    #[test]
+    fn packed_blocks_are_a_half_times_signed_bytes() {
+        // Every scale that a file may hold, with every byte.
+        for (first, kernel) in (0..=u16::MAX).step_by(97).zip(available().iter().cycle()) {
+            let scale = half::f16::from_bits(first);
+            for bytes in (0..=255u8).collect::<Vec<_>>().chunks(BLOCK) {
+                let block = [&[0], &scale.to_le_bytes()[..], bytes].concat();
+                let mut got = vec![0.0; BLOCK];
+                (kernel.widen)(Dtype::Q8_0, &block[1..], &mut got);
+                for (got, &byte) in got.iter().zip(bytes) {
+                    let expected = f64::from(scale) * f64::from(byte as i8);
+                    let same = f64::from(*got) == expected || (got.is_nan() && expected.is_nan());
+                    assert!(same, "{}: {scale} {byte}: {got}", kernel.name);
+                }
+            }
         }
     }
 

@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use crate::{error::Quoted, header::Tensor};
+use crate::{error::Quoted, tensor::Tensor};
 
 /// What every PEFT tensor name begins with.
-const PREFIX: &str = "base_model.model.";
+pub(crate) const PREFIX: &str = "base_model.model.";
 
 /// How a module's factors make its ΔW.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -81,32 +81,31 @@ pub(crate) struct Fault {
 }
 
 impl Layout {
-    /// Pair the tensors up; `drop` leaves out those that belong to more than plain LoRA.
+    /// Pair the tensors up by their PEFT names, one for each; `drop` leaves out those that belong
+    /// to more than plain LoRA.
     ///
     /// # Errors
     /// The first tensor that is no LoRA factor, lacks its other half, or does not fit it.
     pub(crate) fn of(
-        mut tensors: Vec<Tensor>,
+        named: Vec<(String, Tensor)>,
         mut notes: Vec<String>,
         drop: bool,
     ) -> Result<Self, Fault> {
-        if drop {
-            let (left_out, kept): (Vec<_>, Vec<_>) =
-                tensors.into_iter().partition(|tensor| is_beyond_plain(&tensor.name));
-            if let Some(first) = left_out.first() {
-                let (count, first) = (left_out.len(), Quoted(&first.name));
-                notes.push(format!("{count} tensors beyond plain LoRA left out, first {first}"));
-            }
-            tensors = kept;
+        let (left_out, kept): (Vec<_>, Vec<_>) =
+            named.into_iter().partition(|(name, _)| drop && is_beyond_plain(name));
+        if let Some((first, _)) = left_out.first() {
+            let (count, first) = (left_out.len(), Quoted(first));
+            notes.push(format!("{count} tensors beyond plain LoRA left out, first {first}"));
         }
+        let (names, tensors): (Vec<String>, Vec<Tensor>) = kept.into_iter().unzip();
         let mut halves: BTreeMap<(String, Kind), [Option<usize>; 2]> = BTreeMap::new();
         let mut unprefixed = false;
         let mut adapter_name = None;
-        for (index, tensor) in tensors.iter().enumerate() {
+        for (index, (name, tensor)) in names.iter().zip(&tensors).enumerate() {
             let fault = |reason| Fault { tensor: tensor.name.clone(), reason };
-            let path = tensor.name.strip_prefix(PREFIX).unwrap_or_else(|| {
+            let path = name.strip_prefix(PREFIX).unwrap_or_else(|| {
                 unprefixed = true;
-                &tensor.name
+                name
             });
             let part = Part::of(path).ok_or_else(|| fault(not_a_factor(path)))?;
             if !tensor.dtype.is_float() {
@@ -234,9 +233,9 @@ fn not_a_factor(path: &str) -> String {
     } else if path.contains("lora_B.bias") || path.contains("lora_A.bias") {
         "a bias of a factor (lora_bias)"
     } else if path.contains("lora_down") || path.contains("lora_up") || path.ends_with(".alpha") {
-        "a kohya or diffusers name; only PEFT names are read"
+        "a kohya or diffusers name, which does not say its module: `convert` may know it"
     } else if path.ends_with(".lora_a") || path.ends_with(".lora_b") {
-        "an MLX name; only PEFT names are read"
+        "an MLX name among others"
     } else if path.ends_with(".weight") || path.ends_with(".bias") {
         "a weight of the model itself, not a LoRA factor"
     } else {
@@ -265,10 +264,11 @@ fn suspicious(name: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Dtype;
+    use crate::{Dtype, tensor::Order};
 
-    fn tensor(name: &str, shape: &[usize]) -> Tensor {
-        Tensor { name: name.to_owned(), dtype: Dtype::F32, shape: shape.to_vec(), bytes: 0..1 }
+    fn tensor(name: &str, shape: &[usize]) -> (String, Tensor) {
+        let (dtype, shape, order) = (Dtype::F32, shape.to_vec(), Order::Rows);
+        (name.to_owned(), Tensor { name: name.to_owned(), dtype, shape, bytes: 0..1, order })
     }
 
     fn layout(tensors: &[(&str, &[usize])]) -> Result<Layout, String> {

@@ -2,6 +2,7 @@
 //! Python; the tensors' bytes never cross into it.
 
 use std::{
+    collections::{BTreeMap, HashMap},
     path::PathBuf,
     sync::{Arc, mpsc},
     time::{Duration, UNIX_EPOCH},
@@ -14,9 +15,10 @@ use pyo3::{
 };
 
 use crate::{
-    Cat, Dense, Dtype, Error, Io, Kept, Majority, Options, Plan, Rank, Result, Rule, Soup, Sparse,
-    Sparsity, Svd, Terms, Watch,
+    Cat, Container, Conversion, Dense, Dtype, Error, Heads, Io, Kept, Majority, Opening, Options,
+    Plan, Rank, Result, Rule, Soup, Sparse, Sparsity, Svd, Terms, Watch,
     adapter::Adapter,
+    gguf::{Metadata, Value, names},
     layout::{Factor, Kind, Layout},
     merge::ITERATIONS,
 };
@@ -31,8 +33,9 @@ const PULSE: Duration = Duration::from_millis(40);
 mod _core {
     #[pymodule_export]
     use super::{
-        Outcome, PyAdapter, PyLayout, PyModule, PyPlan, combine, cosines, first_match, norms,
-        open_adapters, plan, scan, soup_errors,
+        Outcome, PyAdapter, PyLayout, PyModule, PyPlan, combine, convert, cosines, file_tensors,
+        first_match, gguf_metadata, gguf_permutes, gguf_tensor_name, norms, open_adapters,
+        peft_module_name, plan, scan, soup_errors,
     };
 }
 
@@ -62,6 +65,49 @@ impl PyAdapter {
     fn layout(&self) -> PyLayout {
         PyLayout(Arc::clone(&self.0.layout))
     }
+
+    #[getter]
+    fn container(&self) -> &'static str {
+        self.0.container.name()
+    }
+
+    #[getter]
+    fn metadata(&self) -> BTreeMap<String, PyValue> {
+        to_values(&self.0.metadata)
+    }
+}
+
+/// The value of a key of a GGUF file. Lists are left out on reading.
+#[derive(FromPyObject, IntoPyObject)]
+enum PyValue {
+    Flag(bool),
+    Integer(i128),
+    Number(f64),
+    Text(String),
+}
+
+fn to_values(metadata: &Metadata) -> BTreeMap<String, PyValue> {
+    let one = |(key, value): (&String, &Value)| {
+        let value = match value {
+            Value::Text(text) => PyValue::Text(text.clone()),
+            Value::Integer(integer) => PyValue::Integer(*integer),
+            Value::Number(number) => PyValue::Number(*number),
+            Value::Flag(flag) => PyValue::Flag(*flag),
+            Value::List(_) => return None,
+        };
+        Some((key.clone(), value))
+    };
+    metadata.iter().filter_map(one).collect()
+}
+
+fn from_values(values: BTreeMap<String, PyValue>) -> Metadata {
+    let one = |value| match value {
+        PyValue::Text(text) => Value::Text(text),
+        PyValue::Integer(integer) => Value::Integer(integer),
+        PyValue::Number(number) => Value::Number(number),
+        PyValue::Flag(flag) => Value::Flag(flag),
+    };
+    values.into_iter().map(|(key, value)| (key, one(value))).collect()
 }
 
 /// The modules of an adapter. Adapters opened together that have the same tensors in the same
@@ -131,18 +177,56 @@ impl From<&Plan> for PyPlan {
 }
 
 #[pyfunction]
-#[pyo3(signature = (paths, drop_unsupported=false))]
+#[pyo3(signature = (paths, drop_unsupported=false, heads=None, names=None))]
 fn open_adapters<'py>(
     py: Python<'py>,
     paths: Vec<PathBuf>,
     drop_unsupported: bool,
+    heads: Option<Heads>,
+    names: Option<HashMap<String, String>>,
 ) -> PyResult<Vec<Bound<'py, PyAny>>> {
-    let opened = py.detach(|| Adapter::open_all(&paths, drop_unsupported));
+    let opening = Opening { drop_unsupported, heads, names };
+    let opened = py.detach(|| Adapter::open_all(&paths, &opening));
     let one = |opened| match opened {
         Ok(adapter) => Ok(Bound::new(py, PyAdapter(adapter))?.into_any()),
         Err(error) => Ok(to_python(py, error).into_value(py).into_bound(py).into_any()),
     };
     opened.into_iter().map(one).collect()
+}
+
+/// A tensor's name, type and shape, and where its bytes begin and end.
+type FileTensor = (String, String, Vec<usize>, u64, u64);
+
+#[pyfunction]
+fn file_tensors(py: Python<'_>, path: PathBuf) -> PyResult<Vec<FileTensor>> {
+    let tensors = py.detach(|| crate::file_tensors(&path)).map_err(|error| to_python(py, error))?;
+    let one = |tensor: crate::Tensor| {
+        let (start, end) = (tensor.bytes.start, tensor.bytes.end);
+        (tensor.name, tensor.dtype.to_string(), tensor.shape, start, end)
+    };
+    Ok(tensors.into_iter().map(one).collect())
+}
+
+#[pyfunction]
+fn gguf_metadata(py: Python<'_>, path: PathBuf) -> PyResult<BTreeMap<String, PyValue>> {
+    let metadata =
+        py.detach(|| crate::gguf_metadata(&path)).map_err(|error| to_python(py, error))?;
+    Ok(to_values(&metadata))
+}
+
+#[pyfunction]
+fn gguf_tensor_name(module: &str) -> Option<String> {
+    names::tensor_name(module)
+}
+
+#[pyfunction]
+fn peft_module_name(tensor: &str, architecture: &str) -> Option<String> {
+    names::module_name(tensor, architecture)
+}
+
+#[pyfunction]
+fn gguf_permutes(py: Python<'_>, architecture: &str) -> PyResult<bool> {
+    names::permutes(architecture).map_err(|reason| to_python(py, Error::Setting(reason)))
 }
 
 #[pyfunction]
@@ -187,7 +271,8 @@ impl Settings {
     }
 
     fn dtype(&self) -> Result<Dtype> {
-        Dtype::from_name(&self.dtype).ok_or_else(|| {
+        let written = Dtype::from_name(&self.dtype).filter(|dtype| *dtype != Dtype::Q8_0);
+        written.ok_or_else(|| {
             let dtype = &self.dtype;
             Error::Setting(format!("dtype is `{dtype}`, expected float32, float16 or bfloat16"))
         })
@@ -337,6 +422,47 @@ fn combine(
     let total = job.plan().bytes;
     let outcomes = interruptible(py, total, progress, |watch| job.write(&outputs, dtype, watch))?;
     Ok((PyPlan::from(job.plan()), outcomes))
+}
+
+#[pyfunction]
+#[pyo3(signature = (adapter, strengths, out, container, dtype, settings, *, architecture=None,
+                    alpha=0.0, heads=None, rank=None, metadata=BTreeMap::new(), progress=None))]
+#[expect(clippy::too_many_arguments, reason = "named, in Python")]
+fn convert(
+    py: Python<'_>,
+    adapter: Py<PyAdapter>,
+    strengths: Vec<f64>,
+    out: PathBuf,
+    container: &str,
+    dtype: &str,
+    settings: Settings,
+    architecture: Option<&str>,
+    alpha: f64,
+    heads: Option<Heads>,
+    rank: Option<usize>,
+    metadata: BTreeMap<String, PyValue>,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<()> {
+    let adapter = &adapter.get().0;
+    let unknown = |what: &str, found: &str, known: &str| {
+        to_python(py, Error::Setting(format!("{what} is `{found}`, expected one of {known}")))
+    };
+    let conversion = Conversion {
+        container: Container::from_name(container)
+            .ok_or_else(|| unknown("container", container, "peft, gguf, mlx"))?,
+        dtype: Dtype::from_name(dtype)
+            .ok_or_else(|| unknown("dtype", dtype, "float32, float16, bfloat16, q8_0"))?,
+        strengths: &strengths,
+        rank,
+        architecture,
+        alpha,
+        heads,
+        metadata: from_values(metadata),
+    };
+    let options = settings.options().map_err(|error| to_python(py, error))?;
+    interruptible(py, adapter.stamp().size, progress, |watch| {
+        crate::convert(adapter, &out, &conversion, &options, watch)
+    })
 }
 
 #[pyfunction]

@@ -23,12 +23,12 @@ pub fn scan(adapter: &Adapter, watch: &Watch) -> Result<Vec<(String, &'static st
     let mut odd = Vec::new();
     for tensor in &adapter.layout.tensors {
         let (mut nan, mut infinite, mut zero) = (false, false, !tensor.is_empty());
-        let step = STEP * tensor.dtype.bytes();
+        let step = tensor.dtype.size(STEP);
         for start in tensor.bytes.clone().step_by(step) {
             watch.go_on()?;
             let range = start..tensor.bytes.end.min(start + step as u64);
             let bytes = source.bytes(range, &mut buffer).at(&adapter.path)?;
-            let numbers = &mut numbers[..bytes.len() / tensor.dtype.bytes()];
+            let numbers = &mut numbers[..tensor.dtype.count(bytes.len())];
             (widest().widen)(tensor.dtype, bytes, numbers);
             for number in numbers {
                 nan |= number.is_nan();

@@ -14,6 +14,7 @@ use tempfile::NamedTempFile;
 
 use crate::{
     Dtype,
+    dtype::BLOCK,
     error::{At, Result},
     source::begin_flush,
 };
@@ -22,9 +23,19 @@ use crate::{
 pub(crate) struct Writer {
     path: PathBuf,
     file: NamedTempFile,
-    dtype: Dtype,
-    /// Where each tensor begins, in the order in which they were announced.
-    starts: Vec<u64>,
+    /// The tensors, in the order in which they were announced.
+    places: Vec<Place>,
+}
+
+/// Where a tensor begins in a file, and its type.
+pub(crate) type Place = (u64, Dtype);
+
+/// A file's header, and where what follows it has its place.
+pub(crate) struct Head {
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) places: Vec<Place>,
+    /// Of the whole file.
+    pub(crate) size: u64,
 }
 
 impl Writer {
@@ -34,27 +45,32 @@ impl Writer {
         dtype: Dtype,
         tensors: impl Iterator<Item = (&'a str, &'a [usize])> + Clone,
     ) -> Result<Self> {
-        let (header, starts, size) = header(dtype, tensors);
+        Self::begin(path, header(dtype, tensors))
+    }
+
+    /// Begin `path` with a header.
+    pub(crate) fn begin(path: &Path, head: Head) -> Result<Self> {
         let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let mut builder = tempfile::Builder::new();
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666)); // less the umask
         let mut file = builder.tempfile_in(folder).at(path)?;
-        file.write_all(&header).at(path)?;
-        file.as_file().set_len(size).at(path)?;
-        Ok(Self { path: path.to_owned(), file, dtype, starts })
+        file.write_all(&head.bytes).at(path)?;
+        file.as_file().set_len(head.size).at(path)?;
+        Ok(Self { path: path.to_owned(), file, places: head.places })
     }
 
     /// Write `numbers` into `tensor` (its place in the list given to `create`), from its element
     /// `start` on. Answers whether every number is finite in the file's type.
     pub(crate) fn write(&self, tensor: usize, start: usize, numbers: &[f32]) -> Result<bool> {
-        let offset = self.starts[tensor] + (start * self.dtype.bytes()) as u64;
-        let (bytes, finite) = if self.dtype == Dtype::F32 && cfg!(target_endian = "little") {
+        let (place, dtype) = self.places[tensor];
+        let offset = place + dtype.size(start) as u64;
+        let (bytes, finite) = if dtype == Dtype::F32 && cfg!(target_endian = "little") {
             // As they are; without a branch, so that the loop is widened.
             let finite = numbers.iter().fold(true, |all, x| all & x.is_finite());
             (Cow::Borrowed(bytemuck::cast_slice(numbers)), finite)
         } else {
-            let (bytes, finite) = narrow(self.dtype, numbers);
+            let (bytes, finite) = narrow(dtype, numbers);
             (Cow::Owned(bytes), finite)
         };
         write_all_at(self.file.as_file(), &bytes, offset).at(&self.path)?;
@@ -70,20 +86,17 @@ impl Writer {
     }
 }
 
-/// The header, where each tensor begins, and the size of the whole file.
-fn header<'a>(
-    dtype: Dtype,
-    tensors: impl Iterator<Item = (&'a str, &'a [usize])> + Clone,
-) -> (Vec<u8>, Vec<u64>, u64) {
+/// The header of a safetensors file.
+fn header<'a>(dtype: Dtype, tensors: impl Iterator<Item = (&'a str, &'a [usize])> + Clone) -> Head {
     // PEFT's mark, which transformers asks for; `_` sorts before any module path.
     let mut entries: BTreeMap<&str, Value> =
         BTreeMap::from([("__metadata__", json!({"format": "pt"}))]);
-    let mut starts = Vec::new();
+    let mut places = Vec::new();
     let mut end = 0;
     for (name, shape) in tensors {
         let start = end;
-        end += shape.iter().product::<usize>() as u64 * dtype.bytes() as u64;
-        starts.push(start);
+        end += dtype.size(shape.iter().product()) as u64;
+        places.push((start, dtype));
         let entry =
             json!({"dtype": dtype.to_string(), "shape": shape, "data_offsets": [start, end]});
         entries.insert(name, entry);
@@ -92,10 +105,10 @@ fn header<'a>(
     // Padded so that the data begins at a multiple of eight.
     json.resize(json.len().next_multiple_of(8), b' ');
     let data = 8 + json.len() as u64;
-    starts.iter_mut().for_each(|start| *start += data);
-    let mut header = (json.len() as u64).to_le_bytes().to_vec();
-    header.append(&mut json);
-    (header, starts, data + end)
+    places.iter_mut().for_each(|(start, _)| *start += data);
+    let mut bytes = (json.len() as u64).to_le_bytes().to_vec();
+    bytes.append(&mut json);
+    Head { bytes, places, size: data + end }
 }
 
 /// `numbers` as little-endian bytes of `dtype`, and whether all of them are finite in it.
@@ -122,8 +135,25 @@ pub(crate) fn narrow(dtype: Dtype, numbers: &[f32]) -> (Vec<u8>, bool) {
             let x = bf16::from_f32(x);
             (x.to_le_bytes(), x.is_finite())
         }),
+        Dtype::Q8_0 => pack(numbers),
         _ => all(numbers, |x| (x.to_le_bytes(), x.is_finite())),
     }
+}
+
+/// `numbers` as blocks of `Q8_0`, and whether all of them are finite in it.
+fn pack(numbers: &[f32]) -> (Vec<u8>, bool) {
+    let mut bytes = Vec::with_capacity(Dtype::Q8_0.size(numbers.len()));
+    let mut finite = true;
+    for block in numbers.as_chunks::<BLOCK>().0 {
+        let largest = block.iter().fold(0f32, |largest, x| largest.max(x.abs()));
+        let step = largest / 127.0;
+        let inverse = if step == 0.0 { 0.0 } else { 1.0 / step };
+        let scale = f16::from_f32(step);
+        finite &= scale.is_finite() && block.iter().fold(true, |all, x| all & x.is_finite());
+        bytes.extend(scale.to_le_bytes());
+        bytes.extend(block.iter().map(|x| (x * inverse).round() as i8 as u8));
+    }
+    (bytes, finite)
 }
 
 #[cfg(unix)]

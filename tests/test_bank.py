@@ -228,7 +228,8 @@ def test_settings_are_honoured(bases, golden):
         tokenizer = '{paper / "tokenizer" / "tokenizer.json"}'
         architecture = "llama"
         [base]
-        heads = "4"
+        heads = 4
+        size = "7B"
         [datasets]
         c = '{data / "03.jsonl"}'
         e = "elsewhere.txt"
@@ -244,10 +245,13 @@ def test_settings_are_honoured(bases, golden):
     assert make_fingerprints(bank) == {"c": True, "e": True}
     assert Bank(bases, base_model="org/x").names == ["a", "b", "d", "e"]
     (architecture, base, *others) = bank.notes
-    known = "known are `base_model`, `tokenizer` in `[bank]`, `[datasets]` and `[families]`"
+    known = (
+        "known are `base_model`, `tokenizer` in `[bank]`, `architecture`, `heads`, `kv_heads`, "
+        "`config` in `[base]`, `[datasets]` and `[families]`"
+    )
     path = bases / "bank.toml"
     assert architecture == f"`{path}`: `architecture` in `[bank]` means nothing; {known}"
-    assert base == f"`{path}`: `[base]` means nothing; {known}"
+    assert base == f"`{path}`: `size` in `[base]` means nothing; {known}"
     assert not any("bank.toml" in note for note in others)
 
 

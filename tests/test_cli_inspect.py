@@ -43,6 +43,7 @@ def test_a_bank_is_all_of_its_members(written, lorameta, options):
         "dtypes": ["F32"],
         "bytes": written.weights("a").stat().st_size,
         "base_model": "base",
+        "servers": a["servers"],
         "faults": [],
     }
     assert (b["ranks"], b["scalings"], b["dtypes"]) == ([4], [4.0], ["F16"])

@@ -64,12 +64,15 @@ def test_every_option_is_explained():
 
 
 def test_choices_are_those_of_the_library():
-    from lorameta_rs import coefficients, distance, merge
+    from lorameta_rs import coefficients, distance, formats, merge
+    from lorameta_rs.formats import conversion
 
     assert set(options.METRICS) == set(distance.METRICS)
     assert set(options.PIPELINES) == set(coefficients.PIPELINES)
     assert options.METHODS == merge.METHODS
     assert options.DTYPES == merge.DTYPES
+    assert options.FORMATS == formats.FORMATS
+    assert list(options.CONVERTED) == list(conversion.DTYPES)
     assert options.MAJORITIES == merge.MAJORITIES
     assert options.NORMALIZATIONS == merge.NORMALIZATIONS
 

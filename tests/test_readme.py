@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import json
 import re
 import shlex
 import tomllib
@@ -41,6 +42,19 @@ def test_the_readme_works_from_top_to_bottom(folder, capsys):
     for out in ("mine", "half", "again", "predicted"):
         assert weights(folder / out)
     assert weights(folder / "again") == weights(folder / "mine")
+
+
+def test_the_page_of_runtimes_works(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "runtimes.md").read_text(encoding="utf-8")
+    lines = [line for language, block in BLOCK.findall(page) for line in block.splitlines()]
+    for line in lines:
+        program, *arguments = shlex.split(line)
+        assert (program, run(arguments)) == ("lorameta-rs", 0), capsys.readouterr().err
+    assert len(lines) == 6
+    demo = Path("lorameta-demo", "adapter", "lorameta.json").read_text()
+    assert json.loads(demo)["settings"]["base"]["heads"] == 4
+    assert (tmp_path / "mine.gguf").read_bytes()[:4] == b"GGUF"
 
 
 def weights(adapter):

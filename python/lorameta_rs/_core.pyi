@@ -3,7 +3,7 @@
 Anything wrong with a file or an argument is raised as a class of `lorameta_rs.errors`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import final
@@ -13,7 +13,11 @@ from lorameta_rs.merge import Options
 
 @final
 class Adapter:
-    """One adapter file whose header has been read and checked."""
+    """One adapter file whose header has been read and checked.
+
+    `container` is peft, gguf or mlx; `metadata` are the keys of a GGUF file, without lists and long
+    texts.
+    """
 
     @property
     def path(self) -> Path: ...
@@ -23,6 +27,10 @@ class Adapter:
     def mtime_ns(self) -> int: ...
     @property
     def layout(self) -> Layout: ...
+    @property
+    def container(self) -> str: ...
+    @property
+    def metadata(self) -> dict[str, str | int | float | bool]: ...
 
 @final
 class Layout:
@@ -80,8 +88,16 @@ class Outcome:
     def kept(self) -> list[tuple[str, float, float, bool]]: ...
 
 def open_adapters(
-    paths: Sequence[str | PathLike[str]], drop_unsupported: bool = False
+    paths: Sequence[str | PathLike[str]],
+    drop_unsupported: bool = False,
+    heads: tuple[int, int] | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> list[Adapter | LoraMetaError]: ...
+def file_tensors(path: str | PathLike[str]) -> list[tuple[str, str, list[int], int, int]]: ...
+def gguf_metadata(path: str | PathLike[str]) -> dict[str, str | int | float | bool]: ...
+def gguf_tensor_name(module: str) -> str | None: ...
+def peft_module_name(tensor: str, architecture: str) -> str | None: ...
+def gguf_permutes(architecture: str) -> bool: ...
 def first_match(patterns: Sequence[str], names: Sequence[str]) -> list[int | None]: ...
 def scan(adapter: Adapter) -> list[tuple[str, str]]: ...
 def plan(
@@ -98,6 +114,21 @@ def combine(
     settings: Options,
     progress: Callable[[int, int], object] | None = None,
 ) -> tuple[Plan, list[Outcome]]: ...
+def convert(
+    adapter: Adapter,
+    strengths: Sequence[float],
+    out: str | PathLike[str],
+    container: str,
+    dtype: str,
+    settings: Options,
+    *,
+    architecture: str | None = None,
+    alpha: float = 0.0,
+    heads: tuple[int, int] | None = None,
+    rank: int | None = None,
+    metadata: Mapping[str, str | int | float | bool] = ...,
+    progress: Callable[[int, int], object] | None = None,
+) -> None: ...
 def soup_errors(
     adapters: Sequence[Adapter],
     coefficients: Sequence[Sequence[Sequence[float]]],

@@ -20,7 +20,7 @@ from lorameta_rs.errors import (
     LoraMetaError,
     MissingFile,
 )
-from lorameta_rs.member import MLX_WEIGHTS, PICKLE, WEIGHTS, Member, open_members
+from lorameta_rs.member import GGUF, MLX_WEIGHTS, PICKLE, WEIGHTS, Member, open_members
 from lorameta_rs.provenance import FILE_NAME as PROVENANCE
 from lorameta_rs.tokenizer import Tokenizer
 
@@ -98,7 +98,7 @@ class Bank:
             self.left_out[name] = InvalidBank(
                 f"`{self.folder / name}`: the folder's name is not UTF-8; give it another"
             )
-        opened_members = open_members(folders, drop_unsupported)
+        opened_members = open_members(folders, drop_unsupported, self._settings.heads)
         for one, opened in zip(folders, opened_members, strict=True):
             if isinstance(opened, Member):
                 self.members.append(opened)
@@ -177,6 +177,11 @@ class Bank:
         return self._kept.path(member.name)
 
     @property
+    def base(self) -> dict[str, str | int]:
+        """What `bank.toml` says of the base model: its architecture and its heads."""
+        return self._settings.base
+
+    @property
     def index_path(self) -> Path:
         """Where `index` keeps what later commands would compute again."""
         return (self._fingerprints_folder or self.folder) / "index.json"
@@ -190,6 +195,10 @@ class Bank:
         """The fields to make a member's fingerprint from, None for those that are recognised."""
         kept = self._kept.loaded.get(member.name)
         return kept.columns if self.columns is None and kept is not None else self.columns
+
+    def fingerprint(self, member: Member) -> Fingerprint:
+        """A member's fingerprint; there has to be one, as `make_fingerprints` sees to it."""
+        return self._kept.loaded[member.name]
 
     def keep(self, name: str, fingerprint: Fingerprint) -> None:
         """Take a fingerprint that was just made, instead of the one on disk."""
@@ -351,7 +360,8 @@ def _is_member(folder: Path) -> bool:
     known = (FILE_NAME, WEIGHTS, PICKLE, MLX_WEIGHTS, FINGERPRINT)
     try:
         present = {entry.name for entry in folder.iterdir()}
-        return not present.isdisjoint(known) or dataset.find(folder) is not None
+        known_files = not present.isdisjoint(known) or any(n.endswith(GGUF) for n in present)
+        return known_files or dataset.find(folder) is not None
     except (OSError, LoraMetaError):
         return False
 
@@ -404,7 +414,7 @@ def _other_shape(member: Member, usual: Mapping[str, tuple[int, ...]]) -> Layout
     for name, shape in _outer_shapes(member).items():
         if shape != usual[name]:
             return LayoutMismatch(
-                f"`{member.folder / WEIGHTS}`: `{name}` changes a matrix of shape {shape}, in the "
+                f"`{member.adapter.path}`: `{name}` changes a matrix of shape {shape}, in the "
                 f"rest of the bank it is {usual[name]}: an adapter of another base model?"
             )
     return None

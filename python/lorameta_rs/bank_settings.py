@@ -18,6 +18,7 @@ FILE_NAME = "bank.toml"
 _LARGEST = 1 << 20
 _OF_BANK = ("base_model", "tokenizer")
 _OF_MEMBERS = ("datasets", "families")
+_OF_BASE = ("architecture", "heads", "kv_heads", "config")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class BankSettings:
     tokenizer: str | None = None
     datasets: dict[str, str] = field(default_factory=dict)
     families: dict[str, str] = field(default_factory=dict)
+    base: dict[str, str | int] = field(default_factory=dict)
     unknown: tuple[str, ...] = ()
     """What else the file has, each as a text to be shown."""
 
@@ -55,17 +57,32 @@ class BankSettings:
             texts = isinstance(table, dict) and all(isinstance(v, str) for v in table.values())
             if not texts or any("\0" in value for value in table.values()):
                 raise InvalidBank(f"`{path}`: `[{name}]` has to be a table of texts")
+        base = found.pop("base", {})
+        if not isinstance(base, dict) or not all(type(v) in (str, int) for v in base.values()):
+            raise InvalidBank(f"`{path}`: `[base]` has to be a table of texts and integers")
+        for name in ("heads", "kv_heads"):
+            if name in base and (type(base[name]) is not int or not 0 < base[name] < 2**20):
+                raise InvalidBank(f"`{path}`: `{name}` in `[base]` is no number of heads")
         unknown = [f"`{key}` in `[bank]`" for key in bank if key not in _OF_BANK]
+        unknown += [f"`{key}` in `[base]`" for key in base if key not in _OF_BASE]
         unknown += [f"`[{n}]`" if isinstance(v, dict) else f"`{n}`" for n, v in found.items()]
         return cls(
-            bank.get("base_model"), bank.get("tokenizer"), datasets, families, tuple(unknown)
+            bank.get("base_model"), bank.get("tokenizer"), datasets, families, base, tuple(unknown)
         )
+
+    @property
+    def heads(self) -> tuple[int, int] | None:
+        """The base model's heads, of queries and of keys, if they are said."""
+        heads = self.base.get("heads")
+        kv_heads = self.base.get("kv_heads", heads)
+        return (heads, kv_heads) if isinstance(heads, int) and isinstance(kv_heads, int) else None
 
     def doubts(self, folder: Path, names: Collection[str]) -> list[str]:
         """What of it means nothing to the bank in `folder`, which has folders of these names."""
         path = folder / FILE_NAME
         known = f"known are {', '.join(f'`{key}`' for key in _OF_BANK)} in `[bank]`, " + (
-            " and ".join(f"`[{section}]`" for section in _OF_MEMBERS)
+            f"{', '.join(f'`{key}`' for key in _OF_BASE)} in `[base]`, "
+            + " and ".join(f"`[{section}]`" for section in _OF_MEMBERS)
         )
         found = [f"`{path}`: {what} means nothing; {known}" for what in self.unknown]
         for section in _OF_MEMBERS:

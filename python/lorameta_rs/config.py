@@ -24,7 +24,7 @@ from lorameta_rs.errors import InvalidAdapter, MissingFile, UnreadableFile
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
 T = TypeVar("T")
 
@@ -109,7 +109,15 @@ class AdapterConfig:
             UnreadableFile: The operating system refused it.
             InvalidAdapter: It is not a configuration, or not one of a plain LoRA adapter.
         """
-        path, data = _read(Path(source))
+        return cls.parse(*_read(Path(source)), drop_unsupported)
+
+    @classmethod
+    def parse(cls, path: Path, data: bytes, drop_unsupported: bool = False) -> AdapterConfig:
+        """The configuration that `data`, which was found in `path`, holds.
+
+        Raises:
+            InvalidAdapter: As `load`.
+        """
         fields = _Fields(path, data, drop_unsupported)
         return cls(
             path=path,
@@ -126,6 +134,33 @@ class AdapterConfig:
             layer_replication=fields.layer_replication(),
             extra=fields.remaining(),
             warnings=tuple(fields.warnings),
+        )
+
+    @classmethod
+    def stated(
+        cls,
+        path: Path,
+        ranks: Mapping[str, int],
+        alphas: Mapping[str, float],
+        base_model: str | None = None,
+    ) -> AdapterConfig:
+        """The configuration of an adapter that has none, as its file or another format states it.
+
+        Args:
+            path: That file.
+            ranks: The rank of each module.
+            alphas: The alpha of modules; of others it is the rank, so that the scaling is 1.
+            base_model: `base_model_name_or_path`.
+        """
+        said = {name: alphas.get(name, float(rank)) for name, rank in ranks.items()}
+        return cls(
+            path=path,
+            base_model_name_or_path=base_model,
+            r=next(iter(ranks.values())),
+            lora_alpha=next(iter(said.values())),
+            rank_pattern=_pattern(ranks),
+            alpha_pattern=_pattern(said),
+            target_modules=sorted(ranks),
         )
 
     def ranks(self, modules: Sequence[str]) -> list[int]:
@@ -213,6 +248,17 @@ def portable_config(
 def as_json(config: dict[str, object]) -> str:
     """`config` as PEFT writes it, keys sorted, to be saved in UTF-8."""
     return json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _pattern(values: Mapping[str, T]) -> dict[str, T]:
+    """A pattern that gives each module its value; none if all have the same.
+
+    A name also means the modules that end with it: longer ones come first.
+    """
+    if len(set(values.values())) == 1:
+        return {}
+    longest_first = sorted(values, key=len, reverse=True)
+    return {re.escape(name): values[name] for name in longest_first}
 
 
 def _read(path: Path) -> tuple[Path, bytes]:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 MLX_WEIGHTS = "adapters.safetensors"
+GGUF = ".gguf"
+GGUF_WEIGHTS = "adapter.gguf"
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,37 +59,74 @@ class Member:
 
 
 def open_members(
-    folders: Sequence[Path], drop_unsupported: bool = False
+    folders: Sequence[Path],
+    drop_unsupported: bool = False,
+    heads: tuple[int, int] | None = None,
 ) -> list[Member | LoraMetaError]:
     """Each folder's adapter, or what is wrong with it; the headers are read in parallel.
 
-    `drop_unsupported` takes the factors alone of adapters that are more than plain LoRA.
+    A folder is one of PEFT, or holds one GGUF file. `drop_unsupported` takes the factors alone of
+    adapters that are more than plain LoRA; `heads` are the base model's, of queries and of keys,
+    for GGUF files that need them and do not say them.
     """
-    found: list[Member | LoraMetaError | AdapterConfig] = [
-        _config(folder, drop_unsupported) for folder in folders
+    found = [_files(folder, drop_unsupported) for folder in folders]
+    sound = [i for i, one in enumerate(found) if not isinstance(one, LoraMetaError)]
+    paths = [os.fspath(one[0]) for one in found if not isinstance(one, LoraMetaError)]
+    opened = _core.open_adapters(paths, drop_unsupported, heads)
+    members = dict(zip(sound, opened, strict=True))
+    return [
+        one if isinstance(one, LoraMetaError) else _member(folder, one[1], members[i])
+        for i, (folder, one) in enumerate(zip(folders, found, strict=True))
     ]
-    sound = [i for i, config in enumerate(found) if isinstance(config, AdapterConfig)]
-    paths = [os.fspath(folders[i] / WEIGHTS) for i in sound]
-    opened = _core.open_adapters(paths, drop_unsupported)
-    for i, adapter in zip(sound, opened, strict=True):
-        config = found[i]
-        assert isinstance(config, AdapterConfig)
-        if isinstance(adapter, LoraMetaError):
-            found[i] = adapter
-            continue
-        member = Member(folders[i].name, folders[i], config, adapter)
-        found[i] = _disagreement(member) or member
-    return [one for one in found if not isinstance(one, AdapterConfig)]
 
 
-def _config(folder: Path, drop_unsupported: bool) -> AdapterConfig | LoraMetaError:
-    """The configuration of a folder that has weights, or what is wrong."""
+def gguf_member(name: str, folder: Path, adapter: _core.Adapter) -> Member:
+    """The member that a GGUF file is: it says itself what PEFT has in a configuration.
+
+    llama.cpp scales by alpha / r, or, where alpha is zero or missing, not at all.
+    """
+    keys = adapter.metadata
+    alpha = keys.get("adapter.lora.alpha", 0.0)
+    ranks = {module.name: module.rank for module in adapter.layout.modules}
+    alphas = dict.fromkeys(ranks, float(alpha)) if alpha else {}
+    base = keys.get("lorameta.base_model", keys.get("general.base_model.0.name"))
+    path = adapter.path
+    config = AdapterConfig.stated(path, ranks, alphas, None if base is None else str(base))
+    return Member(name, folder, config, adapter)
+
+
+def _files(
+    folder: Path, drop_unsupported: bool
+) -> tuple[Path, AdapterConfig | None] | LoraMetaError:
+    """The weights of a folder, and their configuration where it is a file; or what is wrong."""
     try:
-        if not os.path.lexists(folder / WEIGHTS):
-            raise InvalidAdapter(_without_weights(folder))
-        return AdapterConfig.load(folder, drop_unsupported)
+        if os.path.lexists(folder / WEIGHTS):
+            return folder / WEIGHTS, AdapterConfig.load(folder, drop_unsupported)
+        if (folder / GGUF_WEIGHTS).exists():
+            return folder / GGUF_WEIGHTS, None
+        others = sorted(folder.glob(f"*{GGUF}")) if folder.is_dir() else []
+        if len(others) == 1:
+            return others[0], None
+        raise InvalidAdapter(_without_weights(folder))
     except LoraMetaError as error:
         return error
+
+
+def _member(
+    folder: Path, config: AdapterConfig | None, adapter: _core.Adapter | LoraMetaError
+) -> Member | LoraMetaError:
+    if isinstance(adapter, LoraMetaError):
+        return adapter
+    if config is None:
+        return gguf_member(folder.name, folder, adapter)
+    if adapter.container != "peft":
+        name = f"{adapter.layout.modules[0].name}.lora_a"
+        return InvalidAdapter(
+            f"`{adapter.path}`: `{name}` and others are {adapter.container} names, not PEFT's\n"
+            "`lorameta-rs convert` makes a PEFT adapter of it"
+        )
+    member = Member(folder.name, folder, config, adapter)
+    return _disagreement(member) or member
 
 
 def _without_weights(folder: Path) -> str:
@@ -97,7 +136,8 @@ def _without_weights(folder: Path) -> str:
             f"any code\nsave the adapter again with PEFT, which writes `{WEIGHTS}`"
         )
     if (folder / MLX_WEIGHTS).exists():
-        return f"`{folder}` is an MLX adapter (`{MLX_WEIGHTS}`); only PEFT's `{WEIGHTS}` is read"
+        hint = "`lorameta-rs convert` makes a PEFT adapter of it"
+        return f"`{folder}` is an MLX adapter (`{MLX_WEIGHTS}`)\n{hint}"
     return f"`{folder}` has no adapter: `{WEIGHTS}` is missing"
 
 

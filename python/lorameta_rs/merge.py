@@ -171,7 +171,7 @@ def plan(bank: Bank, jobs: Sequence[Job], options: Options | None = None) -> Mer
     """What `merge` would read and take, without doing it; errors as `merge`."""
     options = options or Options()
     sums = Sums.of(bank, jobs, options)
-    result_config(bank, sums.members, sums.rank or 1, 1.0)
+    result_config(bank.base_model, sums.members, sums.rank or 1, 1.0)
     run = replace(options, method=sums.method, normalize=sums.normalize)
     planned = _core.plan(sums.adapters, sums.coefficients, sums.strengths, run)
     return Merged(planned, sums.method, sums.soup_error, [])
@@ -205,7 +205,9 @@ def merge(
     """
     options = options or Options()
     sums = Sums.of(bank, jobs, options)
-    result_config(bank, sums.members, sums.rank or 1, 1.0)  # what it refuses, before the work
+    result_config(
+        bank.base_model, sums.members, sums.rank or 1, 1.0
+    )  # what it refuses, before the work
     run = replace(options, method=sums.method, normalize=sums.normalize)
     index = Index.of(bank)
     hashes = {member.name: _hash(member, index, options.verify) for member in sums.members}
@@ -223,7 +225,7 @@ def merge(
             for stage, job, outcome in zip(stages, jobs, outcomes, strict=True):
                 rank = outcome.rank or sums.rank
                 assert rank is not None, "a method that keeps the rank has been given one"
-                config = result_config(bank, sums.members, rank, sums.alpha or rank)
+                config = result_config(bank.base_model, sums.members, rank, sums.alpha or rank)
                 record = provenance(bank, job, run, hashes)
                 for name, text in (
                     (FILE_NAME, as_json(config)),

@@ -176,6 +176,7 @@ def provenance(
     bank: Bank, job: Job, options: Options, hashes: Mapping[str, str | None]
 ) -> Provenance:
     """What a job's adapter is made of."""
+    from lorameta_rs.formats.base import Base
     from lorameta_rs.repeat import RepeatedJob
 
     ranking = job.ranking
@@ -185,6 +186,8 @@ def provenance(
         "drop_unsupported": bank.drop_unsupported,
         **{name: getattr(options, name) for name in OF_RESULT},
     }
+    if (base := Base.known(None, bank.folder)) is not None:
+        settings["base"] = base.table
     if job.modules:
         settings["modules"] = list(job.modules)
     if isinstance(job, RepeatedJob):

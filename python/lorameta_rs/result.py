@@ -10,14 +10,15 @@ from lorameta_rs.errors import LayoutMismatch
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lorameta_rs.bank import Bank
     from lorameta_rs.member import Member
 
 
 def result_config(
-    bank: Bank, members: Sequence[Member], rank: int, alpha: float
+    base_model: str | None, members: Sequence[Member], rank: int, alpha: float
 ) -> dict[str, object]:
     """The configuration of an adapter made of `members`: what PEFT reads, without patterns.
+
+    `base_model` is what they were trained on; None for what the first of them says.
 
     Raises:
         LayoutMismatch: The members disagree on something that it must say.
@@ -32,7 +33,7 @@ def result_config(
                 )
     tasks = {member.config.task_type for member in members}
     config = portable_config(
-        bank.base_model or members[0].config.base_model_name_or_path,
+        base_model or members[0].config.base_model_name_or_path,
         rank,
         alpha,
         _target_modules({module.name for member in members for module in member.modules}),

@@ -79,7 +79,7 @@ class Sums:
             coefficients = _unit(coefficients, delta_norms(members, Index.of(bank)))
         if method != "soup":
             return cls(members, coefficients, scalings, method, normalize, error, rank, None)
-        alpha, strengths = _scaling(members, _one_rank(members))
+        alpha, strengths = common_scaling(members, _one_rank(members))
         return cls(members, coefficients, strengths, method, normalize, error, rank, alpha)
 
 
@@ -189,7 +189,7 @@ def _one_rank(members: Sequence[Member]) -> int:
     )
 
 
-def _scaling(members: Sequence[Member], rank: int) -> tuple[float, list[list[float]] | None]:
+def common_scaling(members: Sequence[Member], rank: int) -> tuple[float, list[list[float]] | None]:
     """The alpha to be written, and what each member's B is multiplied with in each module.
 
     One scaling everywhere: alpha stays, and nothing is multiplied. Otherwise each member's scaling

@@ -1,6 +1,6 @@
 //! The definitions: plain loops, written so that a compiler can widen them.
 
-use crate::Dtype;
+use crate::{Dtype, dtype::BLOCK};
 
 /// See [`super::AddProducts`].
 #[inline(always)]
@@ -15,6 +15,7 @@ pub(super) fn add_products(
         Dtype::F16 => add_columns(sums, stride, rows, weights, from_f16),
         Dtype::BF16 => add_columns(sums, stride, rows, weights, from_bf16),
         Dtype::F32 => add_columns(sums, stride, rows, weights, f32::from_le_bytes),
+        Dtype::Q8_0 => add_blocks(sums, stride, rows, weights),
         _ => unreachable!("other types are widened first"),
     }
 }
@@ -46,6 +47,30 @@ fn add_columns<const N: usize>(
     }
 }
 
+#[inline(always)]
+fn add_blocks(sums: &mut [f32], stride: usize, rows: &[&[u8]], weights: &[f32]) {
+    let columns = Dtype::Q8_0.count(rows[0].len());
+    for (k, weights) in weights.chunks_exact(rows.len()).enumerate() {
+        let (tiles, _) = sums[k * stride..][..columns].as_chunks_mut::<BLOCK>();
+        for (t, tile) in tiles.iter_mut().enumerate() {
+            for (row, &weight) in rows.iter().zip(weights) {
+                let (scale, numbers) = unpacked(&row.as_chunks().0[t]);
+                for (sum, &number) in tile.iter_mut().zip(numbers) {
+                    *sum = (f32::from(number as i8) * scale).mul_add(weight, *sum);
+                }
+            }
+        }
+    }
+}
+
+/// The scale of a block of `Q8_0`, and the signed bytes that it is multiplied with: products that
+/// float32 holds exactly.
+#[inline(always)]
+fn unpacked(block: &[u8; 2 + BLOCK]) -> (f32, &[u8]) {
+    let (scale, numbers) = block.split_at(2);
+    (from_f16([scale[0], scale[1]]), numbers)
+}
+
 /// See [`super::Widen`].
 #[inline(always)]
 pub(super) fn widen(dtype: Dtype, bytes: &[u8], numbers: &mut [f32]) {
@@ -54,6 +79,14 @@ pub(super) fn widen(dtype: Dtype, bytes: &[u8], numbers: &mut [f32]) {
         Dtype::BF16 => convert(bytes, numbers, from_bf16),
         Dtype::F32 => convert(bytes, numbers, f32::from_le_bytes),
         Dtype::F64 => convert(bytes, numbers, |b| f64::from_le_bytes(b) as f32),
+        Dtype::Q8_0 => {
+            for (block, numbers) in bytes.as_chunks().0.iter().zip(numbers.chunks_mut(BLOCK)) {
+                let (scale, packed) = unpacked(block);
+                for (number, &byte) in numbers.iter_mut().zip(packed) {
+                    *number = f32::from(byte as i8) * scale;
+                }
+            }
+        }
         _ => unreachable!("`Layout` lets only floats in"),
     }
 }

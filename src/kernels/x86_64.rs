@@ -8,7 +8,7 @@
 use std::arch::x86_64::*;
 
 use super::scalar;
-use crate::Dtype;
+use crate::{Dtype, dtype::BLOCK};
 
 /// `super::AddProducts` for the types in `$dtype`, each loaded by `$load` from a place of any
 /// alignment, with tiles of 4 targets (then 1) by `$vectors` vectors of `$lanes` columns.
@@ -16,7 +16,7 @@ macro_rules! add_products {
     (
         $name:ident, $features:literal, $vectors:literal x $lanes:literal,
         $sums:ident, $broadcast:ident, $fma:ident, $store:ident,
-        $($dtype:ident: $bytes:literal, $load:expr;)*
+        $($dtype:ident: $load:expr;)*
     ) => {
         #[target_feature(enable = $features)]
         pub(super) fn $name(
@@ -54,9 +54,9 @@ macro_rules! add_products {
                                 std::array::from_fn(|v| $sums(sums.add(place(t, v))))
                             });
                             for (i, row) in rows.iter().enumerate() {
-                                let row = row.as_ptr().add(at * $bytes);
+                                let row = row.as_ptr();
                                 let x: [_; $vectors] =
-                                    std::array::from_fn(|v| $load(row.add(v * $lanes * $bytes)));
+                                    std::array::from_fn(|v| $load(row, at + v * $lanes));
                                 for t in 0..T {
                                     let weight = $broadcast(*weights.add(t * rows.len() + i));
                                     for v in 0..$vectors {
@@ -73,7 +73,7 @@ macro_rules! add_products {
                     }
 
                     let targets = weights.len() / rows.len();
-                    let columns = rows[0].len() / $bytes;
+                    let columns = dtype.count(rows[0].len());
                     assert!(rows.iter().all(|row| row.len() == rows[0].len()));
                     assert!(targets > 0 && stride >= columns);
                     assert!(sums.len() >= (targets - 1) * stride + columns);
@@ -96,7 +96,7 @@ macro_rules! add_products {
                     }
                     if wide < columns {
                         let rest: Vec<&[u8]> =
-                            rows.iter().map(|row| &row[wide * $bytes..]).collect();
+                            rows.iter().map(|row| &row[dtype.size(wide)..]).collect();
                         scalar::add_products(&mut sums[wide..], stride, dtype, &rest, weights);
                     }
                 })*
@@ -106,24 +106,41 @@ macro_rules! add_products {
     };
 }
 
+// A block of `Q8_0` has as many columns as two tiles of AVX2, or half as many as one of AVX-512: what
+// is left of whole blocks behind the last tile is whole blocks.
+
 add_products!(
     add_products_avx2, "avx2,fma,f16c", 2 x 8,
     _mm256_loadu_ps, _mm256_set1_ps, _mm256_fmadd_ps, _mm256_storeu_ps,
-    F32: 4, |place: *const u8| _mm256_loadu_ps(place.cast());
-    F16: 2, |place: *const u8| _mm256_cvtph_ps(_mm_loadu_si128(place.cast()));
-    BF16: 2, |place: *const u8| {
-        let numbers = _mm256_cvtepu16_epi32(_mm_loadu_si128(place.cast()));
+    F32: |row: *const u8, at: usize| _mm256_loadu_ps(row.add(4 * at).cast());
+    F16: |row: *const u8, at: usize| _mm256_cvtph_ps(_mm_loadu_si128(row.add(2 * at).cast()));
+    BF16: |row: *const u8, at: usize| {
+        let numbers = _mm256_cvtepu16_epi32(_mm_loadu_si128(row.add(2 * at).cast()));
         _mm256_castsi256_ps(_mm256_slli_epi32::<16>(numbers))
+    };
+    Q8_0: |row: *const u8, at: usize| {
+        let block = row.add(Dtype::Q8_0.size(at - at % BLOCK));
+        let scale = _mm_set1_epi16(block.cast::<i16>().read_unaligned());
+        let numbers = _mm_loadl_epi64(block.add(2 + at % BLOCK).cast());
+        let numbers = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(numbers));
+        _mm256_mul_ps(numbers, _mm256_cvtph_ps(scale))
     };
 );
 
 add_products!(
     add_products_avx512, "avx512f,avx512bw", 4 x 16,
     _mm512_loadu_ps, _mm512_set1_ps, _mm512_fmadd_ps, _mm512_storeu_ps,
-    F32: 4, |place: *const u8| _mm512_loadu_ps(place.cast());
-    F16: 2, |place: *const u8| _mm512_cvtph_ps(_mm256_loadu_si256(place.cast()));
-    BF16: 2, |place: *const u8| {
-        let numbers = _mm512_cvtepu16_epi32(_mm256_loadu_si256(place.cast()));
+    F32: |row: *const u8, at: usize| _mm512_loadu_ps(row.add(4 * at).cast());
+    F16: |row: *const u8, at: usize| _mm512_cvtph_ps(_mm256_loadu_si256(row.add(2 * at).cast()));
+    BF16: |row: *const u8, at: usize| {
+        let numbers = _mm512_cvtepu16_epi32(_mm256_loadu_si256(row.add(2 * at).cast()));
         _mm512_castsi512_ps(_mm512_slli_epi32::<16>(numbers))
+    };
+    Q8_0: |row: *const u8, at: usize| {
+        let block = row.add(Dtype::Q8_0.size(at - at % BLOCK));
+        let scale = _mm256_set1_epi16(block.cast::<i16>().read_unaligned());
+        let numbers = _mm_loadu_si128(block.add(2 + at % BLOCK).cast());
+        let numbers = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(numbers));
+        _mm512_mul_ps(numbers, _mm512_cvtph_ps(scale))
     };
 );

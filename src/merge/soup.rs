@@ -13,6 +13,7 @@ use crate::{
     kernels::{Kernel, widest},
     layout::Factor,
     source::Source,
+    tensor::Order,
     terms::Terms,
     watch::Watch,
     writer::Writer,
@@ -88,24 +89,41 @@ impl<'a> Soup<'a> {
         (self.terms.coefficient(target, holder.adapter, holder.module) * strength) as f32
     }
 
-    /// The bytes of a piece within the file of one of its holders.
-    fn bytes(&self, piece: &Piece, holder: Holder) -> Range<u64> {
-        let tensor = self.bank.tensor(holder);
-        let at = |element: usize| tensor.bytes.start + (element * tensor.dtype.bytes()) as u64;
-        at(piece.start)..at(piece.start + piece.len)
+    /// Where a piece lies within the file of one of its holders.
+    fn span(&self, piece: &Piece, holder: Holder) -> Range<u64> {
+        self.bank.tensor(holder).span(&(piece.start..piece.start + piece.len))
     }
 
-    /// Those bytes, in place or read into `buffer`.
+    /// The numbers of a piece, in place or read into `buffer`; `bytes` is made as large as it needs
+    /// to be.
     fn row<'b>(
         &self,
         sources: &'b [Source],
         holder: Holder,
-        range: &Range<u64>,
+        piece: &Piece,
         buffer: &'b mut [u64],
+        bytes: &mut Vec<u8>,
     ) -> Result<Row<'b>> {
-        let buffer = bytemuck::cast_slice_mut(buffer);
-        let bytes = sources[holder.adapter].bytes(range.clone(), buffer);
-        Ok((self.bank.tensor(holder).dtype, bytes.at(&self.bank.adapters[holder.adapter].path)?))
+        let (tensor, source) = (self.bank.tensor(holder), &sources[holder.adapter]);
+        let path = &self.bank.adapters[holder.adapter].path;
+        let dtype = tensor.held_as();
+        if tensor.order == Order::Rows {
+            let read = source.bytes(self.span(piece, holder), bytemuck::cast_slice_mut(buffer));
+            return Ok((dtype, read.at(path)?));
+        }
+        let numbers = &mut bytemuck::cast_slice_mut(buffer)[..piece.len];
+        let range = piece.start..piece.start + piece.len;
+        tensor.read(source, range, bytes, numbers).at(path)?;
+        Ok((dtype, bytemuck::cast_slice(numbers)))
+    }
+
+    /// The room that `row` needs, in words.
+    fn room(&self, piece: &Piece, holder: Holder) -> usize {
+        let tensor = self.bank.tensor(holder);
+        match (tensor.order, self.plan.io) {
+            (Order::Rows, Io::Mmap) => 0,
+            _ => tensor.held_as().size(piece.len).div_ceil(8),
+        }
     }
 
     /// Those of a slot's holders that are among `adapters`.
@@ -128,12 +146,15 @@ struct Worker<'a> {
     widened: Vec<f32>,
     /// What positional reads fill; in words, for the sake of alignment.
     read: Vec<u64>,
+    /// Bytes of a file that has another order.
+    bytes: Vec<u8>,
 }
 
 impl<'a> Worker<'a> {
     fn new(soup: &'a Soup<'a>, sources: &'a [Source], watch: &'a Watch) -> Self {
         let widened = vec![0.0; soup.plan.group * STRIP];
-        Self { soup, sources, watch, kernel: widest(), sums: vec![], widened, read: vec![] }
+        let (sums, read, bytes) = (vec![], vec![], vec![]);
+        Self { soup, sources, watch, kernel: widest(), sums, widened, read, bytes }
     }
 
     /// Sum a block for every target, and write it.
@@ -207,23 +228,18 @@ impl<'a> Worker<'a> {
             .clone()
             .flat_map(|target| holders.iter().map(move |h| soup.weight(target, slot, *h)))
             .collect();
-        let ranges: Vec<Range<u64>> = holders.iter().map(|h| soup.bytes(piece, *h)).collect();
-        let room = |range: &Range<u64>| match soup.plan.io {
-            Io::Mmap => 0,
-            // In words, and a cache line apart: see `Plan::new`.
-            Io::Read => ((range.end - range.start) as usize).next_multiple_of(64) / 8 + 8,
-        };
-        let needed = ranges.iter().map(room).sum();
+        // A cache line apart: see `Plan::new`.
+        let room = |holder: &Holder| soup.room(piece, *holder).next_multiple_of(8) + 8;
+        let needed = holders.iter().map(room).sum();
         if self.read.len() < needed {
             self.read.resize(needed, 0);
         }
         let mut free = &mut self.read[..];
         let mut rows = Vec::with_capacity(holders.len());
-        for (holder, range) in holders.iter().zip(&ranges) {
+        for holder in holders {
             self.watch.go_on()?;
-            let (buffer, rest) = free.split_at_mut(room(range));
-            let row = soup.row(self.sources, *holder, range, buffer)?;
-            rows.push(row);
+            let (buffer, rest) = free.split_at_mut(room(holder));
+            rows.push(soup.row(self.sources, *holder, piece, buffer, &mut self.bytes)?);
             free = rest;
         }
         let dtype = summed_as(rows.iter().map(|(dtype, _)| *dtype), targets.len());
@@ -238,7 +254,8 @@ impl<'a> Worker<'a> {
             let sums = &mut self.sums[at + start..];
             (self.kernel.add_products)(sums, stride, dtype, &strips, &weights);
         }
-        self.watch.advance(rows.iter().map(|(_, bytes)| bytes.len()).sum());
+        let size = |holder: &Holder| soup.bank.tensor(*holder).dtype.size(piece.len);
+        self.watch.advance(holders.iter().map(size).sum());
         Ok(())
     }
 
@@ -250,7 +267,7 @@ impl<'a> Worker<'a> {
                 let slot = &self.soup.bank.slots[piece.slot];
                 let own = adapter..adapter + 1;
                 let Some(holder) = self.soup.holders(slot, &own).first() else { continue };
-                let next = self.soup.bytes(piece, *holder);
+                let next = self.soup.span(piece, *holder);
                 if next.start == range.end {
                     range.end = next.end;
                 } else {
@@ -269,15 +286,15 @@ impl<'a> Worker<'a> {
         for holder in &slot.holders {
             let adapter = soup.bank.adapters[holder.adapter];
             let tensor = soup.bank.tensor(*holder);
-            let range = soup.bytes(piece, *holder);
-            self.read.resize((range.end - range.start).div_ceil(8) as usize, 0);
-            let row = match soup.row(self.sources, *holder, &range, &mut self.read) {
+            self.read.resize(soup.room(piece, *holder), 0);
+            let row = match soup.row(self.sources, *holder, piece, &mut self.read, &mut self.bytes)
+            {
                 Ok(row) => row,
                 Err(error) => return error,
             };
             for start in (0..piece.len).step_by(STRIP) {
                 let strip = start..piece.len.min(start + STRIP);
-                let bytes = &row.1[strip.start * row.0.bytes()..strip.end * row.0.bytes()];
+                let bytes = &row.1[row.0.size(strip.start)..row.0.size(strip.end)];
                 let numbers = &mut self.widened[..strip.len()];
                 (self.kernel.widen)(row.0, bytes, numbers);
                 if let Some(number) = numbers.iter().find(|number| !number.is_finite()) {
@@ -323,8 +340,12 @@ type Row<'b> = (Dtype, &'b [u8]);
 /// converted once or twice, else float32.
 fn summed_as(mut dtypes: impl Iterator<Item = Dtype>, targets: usize) -> Dtype {
     let first = dtypes.next().unwrap_or(Dtype::F32);
-    let half = matches!(first, Dtype::F16 | Dtype::BF16);
-    if half && targets < REUSED && dtypes.all(|dtype| dtype == first) { first } else { Dtype::F32 }
+    let narrow = matches!(first, Dtype::F16 | Dtype::BF16 | Dtype::Q8_0);
+    if narrow && targets < REUSED && dtypes.all(|dtype| dtype == first) {
+        first
+    } else {
+        Dtype::F32
+    }
 }
 
 /// A strip of a row as `wanted`: in place where it lies ready, else widened into `free`.
@@ -335,7 +356,7 @@ fn ready<'b>(
     free: &'b mut [f32],
     kernel: Kernel,
 ) -> &'b [u8] {
-    let bytes = &bytes[strip.start * dtype.bytes()..strip.end * dtype.bytes()];
+    let bytes = &bytes[dtype.size(strip.start)..dtype.size(strip.end)];
     if *dtype == wanted {
         return bytes;
     }

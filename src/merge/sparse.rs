@@ -316,7 +316,7 @@ fn widest_type(terms: &Terms<'_>, joint: &Joint) -> usize {
     let types = joint.holders.iter().flat_map(|share| {
         let layout = &terms.adapters[share.adapter].layout;
         let module = &layout.modules[share.module];
-        [module.a, module.b].map(|tensor| layout.tensors[tensor].dtype.bytes())
+        [module.a, module.b].map(|tensor| layout.tensors[tensor].width())
     });
     types.max().unwrap_or(4)
 }

@@ -9,6 +9,7 @@ import warnings
 import click
 
 from lorameta_rs.cli import console
+from lorameta_rs.cli.convert import convert
 from lorameta_rs.cli.demo import demo
 from lorameta_rs.cli.index import index
 from lorameta_rs.cli.inspect import inspect
@@ -36,7 +37,7 @@ def commands() -> None:
     """Make a LoRA adapter for a new dataset out of a bank of adapters, without training."""
 
 
-for command in (demo, index, rank, merge, inspect):
+for command in (demo, index, rank, merge, inspect, convert):
     commands.add_command(command)
 
 

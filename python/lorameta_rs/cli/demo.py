@@ -27,12 +27,13 @@ def demo(folder: Path, as_json: bool) -> None:
     from lorameta_rs.demo import copy_out
     from lorameta_rs.flow import generate
     from lorameta_rs.index import hash_adapters, make_fingerprints, nearest_distances
+    from lorameta_rs.ranking import Settings
 
     data = copy_out(folder)
     bank = Bank(data.bank)
     make_fingerprints(bank)
     hash_adapters(bank)
-    nearest_distances(bank, "js", patient=True)
+    nearest_distances(bank, Settings().metric, patient=True)
     out = folder / "adapter"
     ranking = generate(bank, data.dataset, out)
     if as_json:

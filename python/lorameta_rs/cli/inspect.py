@@ -27,21 +27,25 @@ def inspect(paths: Sequence[Path], no_data: bool, norms: bool, as_json: bool) ->
     """Say what adapters are, and what is wrong with them.
 
     PATH is an adapter, or a bank for all of its members. Says how large each adapter's ΔW is, and
-    which began training from the same A. The status is 1 if any cannot be used.
+    which began training from the same A; of an adapter, which servers refuse it or take it
+    otherwise than PEFT. The status is 1 if any cannot be used.
     """
     from lorameta_rs import files
     from lorameta_rs.bank import member_folders
     from lorameta_rs.config import FILE_NAME
-    from lorameta_rs.member import WEIGHTS, Member, open_members
+    from lorameta_rs.member import GGUF, WEIGHTS, Member, open_members
 
     if no_data and norms:
         raise click.UsageError("--norms needs the tensors: leave --no-data out")
     folders = []
+    served = set()
     for path in paths:
         with files.refusals(path):
             path.stat()
         alone = (path / FILE_NAME).exists() or (path / WEIGHTS).exists()
+        alone = alone or (path.is_dir() and any(path.glob(f"*{GGUF}")))
         folders += [path] if alone else member_folders(path) or [path]
+        served |= {str(path)} if alone else set()
     found = []
     sound = []
     with console.steps("reading adapters", len(folders)) as step:
@@ -77,12 +81,16 @@ def inspect(paths: Sequence[Path], no_data: bool, norms: bool, as_json: bool) ->
             for fault in one["faults"]:
                 tell = console.warn if one["usable"] else console.fail
                 tell(f"`{one['adapter']}`: {fault}")
+            # Of a bank's members nobody asks: what is made of them is served.
+            for breach in one.get("servers", ()) if one["adapter"] in served else ():
+                console.warn(f"`{one['adapter']}`: {breach}")
     if not all(one["usable"] for one in found):
         raise click.exceptions.Exit(1)
 
 
 def _member(member: Member, look: bool) -> dict[str, Any]:
     from lorameta_rs._core import scan
+    from lorameta_rs.servers import breaches
 
     odd = scan(member.adapter) if look else []
     unusable = [f"`{tensor}` holds {what}" for tensor, what in odd if what != "only zeros"]
@@ -96,6 +104,7 @@ def _member(member: Member, look: bool) -> dict[str, Any]:
         "dtypes": sorted({dtype for module in member.modules for dtype in module.dtypes}),
         "bytes": member.adapter.size,
         "base_model": member.config.base_model_name_or_path,
+        "servers": breaches(member),
         "faults": [*unusable, *harmless, *member.notes],
     }
 

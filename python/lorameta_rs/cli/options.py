@@ -25,6 +25,8 @@ METHODS = ("auto", "soup", "svd", "cat", "linear", *SPARSE, *(f"{name}_svd" for 
 MAJORITIES = ("total", "frequency")
 NORMALIZATIONS = ("none", "unit")
 DTYPES = ("float32", "float16", "bfloat16")
+FORMATS = ("peft", "gguf", "mlx")
+CONVERTED = ("f32", "f16", "bf16", "q8_0")
 
 PATH = click.Path(path_type=Path)
 
@@ -34,6 +36,15 @@ threads = click.option(
     type=click.IntRange(0, 1024),
     default=0,
     help="Worker threads; 0 for one or two a core, as the job wants.",
+)
+
+
+base_config = click.option(
+    "--base-config",
+    type=PATH,
+    metavar="PATH",
+    help="The base model's config.json, its folder, or its GGUF file: for gguf, where neither "
+    "bank.toml nor the adapter says what the base is; for kohya's names its safetensors.",
 )
 
 

@@ -1,0 +1,119 @@
+"""`lorameta-rs convert`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lorameta_rs.cli import console, options
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lorameta_rs.merge import Options
+
+
+@click.command()
+@click.argument("adapter", metavar="ADAPTER|BANK", type=options.PATH)
+@click.option(
+    "-o",
+    "--out",
+    type=options.PATH,
+    required=True,
+    metavar="OUT",
+    help="The folder to be made; for gguf also a file, if it ends with .gguf.",
+)
+@click.option(
+    "--to",
+    type=click.Choice(options.FORMATS),
+    required=True,
+    help="`peft` for transformers and servers, `gguf` for llama.cpp and Ollama, `mlx` for mlx-lm.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(options.CONVERTED),
+    default=options.CONVERTED[0],
+    show_default=True,
+    help="The type of the tensors; q8_0, for gguf, is that of A, and B is f16.",
+)
+@options.base_config
+@click.option("--force", is_flag=True, help="Replace OUT if `convert` has made it.")
+@click.option(
+    "--memory",
+    type=click.IntRange(1, 1 << 24),
+    default=64,
+    show_default=True,
+    metavar="MIB",
+    help="The budget for buffers.",
+)
+@options.threads
+def convert(
+    adapter: Path,
+    out: Path,
+    to: str,
+    dtype: str,
+    base_config: Path | None,
+    force: bool,
+    **arguments: Any,
+) -> None:
+    """Write an adapter, or a bank's, in the format of another runtime.
+
+    ADAPTER is one of PEFT, GGUF, MLX, diffusers, or kohya. A BANK becomes one whose members are in
+    the other format, with the fingerprints and the tokenizer that it needs.
+    """
+    from lorameta_rs.formats.conversion import DTYPES
+    from lorameta_rs.formats.opening import is_adapter
+    from lorameta_rs.merge import Options
+
+    run = Options(memory=arguments["memory"] << 20, threads=arguments["threads"], force=force)
+    if is_adapter(adapter):
+        _one(adapter, out, to, DTYPES[dtype], base_config, run)
+    else:
+        _bank(adapter, out, to, DTYPES[dtype], base_config, run)
+
+
+def _one(
+    path: Path, out: Path, to: str, dtype: str, base_config: Path | None, run: Options
+) -> None:
+    from lorameta_rs.errors import InvalidSetting
+    from lorameta_rs.formats.base import Base
+    from lorameta_rs.formats.conversion import FILES, write, write_gguf
+    from lorameta_rs.formats.opening import open_adapters
+    from lorameta_rs.staging import check, staged
+
+    base = Base.known(base_config, path)
+    found = open_adapters(path, base, base_config)
+    alone = to == "gguf" and out.suffix == ".gguf"
+    if alone and len(found) > 1:
+        raise InvalidSetting(f"`{path}` holds {len(found)} adapters: `{out}` has to be a folder")
+    outs = [out] if len(found) == 1 else [out / member.name for member in found]
+    if alone:
+        if not run.force:
+            check(outs)
+        with console.progress("converting") as update:
+            write_gguf(found[0], out, base, dtype, run, update)
+    else:
+        with staged(outs, FILES[to], run.force) as stages, console.progress("converting") as update:
+            for member, stage in zip(found, stages, strict=True):
+                write(member, stage, to, dtype, base, run, update)
+    for member, place in zip(found, outs, strict=True):
+        console.say(f"wrote {place}, {console.number(len(member.modules), 'module')}")
+
+
+def _bank(
+    path: Path, out: Path, to: str, dtype: str, base_config: Path | None, run: Options
+) -> None:
+    from lorameta_rs.bank import Bank
+    from lorameta_rs.formats.base import Base
+    from lorameta_rs.formats.packing import pack
+
+    bank = Bank(path)
+    console.report(bank)
+    base = Base.known(base_config, path)
+    with console.steps("converting", len(bank)) as step:
+        made = pack(bank, out, to, dtype, base, run, step)
+    console.say(
+        f"wrote {out}: {console.number(len(bank), 'member')}, {console.size(made)} of adapters, "
+        f"which were {console.size(sum(member.adapter.size for member in bank.members))}"
+    )
