@@ -21,7 +21,7 @@ use std::{
     time::Instant,
 };
 
-use lorameta::{Adapter, Dtype, Io, Options, Soup, Terms, Watch, kernels::widest};
+use lorameta::{Adapter, Dtype, Io, Opening, Options, Soup, Terms, Watch, kernels::widest};
 use memmap2::Mmap;
 
 const ROUNDS: usize = 9;
@@ -41,7 +41,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         .map(|entry| entry.map(|entry| entry.path().join("adapter_model.safetensors")))
         .collect::<Result<_, _>>()?;
     paths.sort();
-    let adapters = Adapter::open_all(&paths, false).into_iter().collect::<Result<Vec<_>, _>>()?;
+    let adapters = Adapter::open_all(&paths, &Opening::default())
+        .into_iter()
+        .collect::<Result<Vec<_>, _>>()?;
     let n = adapters.len();
     let weight = |k: usize, i: usize| 1.0 / (n as f64) + 1e-3 * (k as f64) - 1e-4 * (i as f64);
     let coefficients: Vec<Vec<f64>> =

@@ -16,7 +16,7 @@ use std::{
 };
 
 use lorameta::{
-    Adapter, Dtype, Io, Majority, Options, Rule, Soup, Sparse, Sparsity, Terms, Watch,
+    Adapter, Dtype, Io, Majority, Opening, Options, Rule, Soup, Sparse, Sparsity, Terms, Watch,
     kernels::widest,
 };
 
@@ -43,7 +43,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         .collect::<Result<_, _>>()?;
     paths.retain(|path| path.is_file());
     paths.sort();
-    let adapters = Adapter::open_all(&paths, false).into_iter().collect::<Result<Vec<_>, _>>()?;
+    let adapters = Adapter::open_all(&paths, &Opening::default())
+        .into_iter()
+        .collect::<Result<Vec<_>, _>>()?;
     let n = adapters.len();
     let weights: Vec<f64> = (0..n).map(|i| 1.0 - 0.01 * i as f64).collect();
     let terms = Terms::new(&adapters, &[weights.iter().map(|&w| vec![w]).collect()], None)?;
