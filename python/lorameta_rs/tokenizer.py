@@ -80,6 +80,23 @@ class Tokenizer:
         except Exception as error:  # the library raises nothing more precise
             raise InvalidBank(f"`{self.path}`: cannot encode a text: {error}") from error
 
+    def prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of texts that a model is to go on from; errors as `encode`.
+
+        Special tokens that a text would end with are left out: an answer follows.
+        """
+        found = []
+        for encoding in self.encode(texts):
+            ids = encoding.ids
+            while ids and encoding.special_tokens_mask[len(ids) - 1]:
+                ids = ids[:-1]
+            found.append(ids or encoding.ids)
+        return found
+
+    def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """The texts of ids, without special tokens; errors as `encode`."""
+        return [self._backend.decode(list(ids), skip_special_tokens=True) for ids in rows]
+
     def token_ids(
         self, rows: Iterable[Example | list[int]]
     ) -> Iterator[list[tuple[list[int], int]]]:

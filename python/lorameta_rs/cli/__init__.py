@@ -9,8 +9,10 @@ import warnings
 import click
 
 from lorameta_rs.cli import console
+from lorameta_rs.cli.attempt import attempt
 from lorameta_rs.cli.convert import convert
 from lorameta_rs.cli.demo import demo
+from lorameta_rs.cli.evaluate import evaluate
 from lorameta_rs.cli.index import index
 from lorameta_rs.cli.inspect import inspect
 from lorameta_rs.cli.merge import merge
@@ -37,7 +39,7 @@ def commands() -> None:
     """Make a LoRA adapter for a new dataset out of a bank of adapters, without training."""
 
 
-for command in (demo, index, rank, merge, inspect, convert):
+for command in (demo, index, rank, merge, inspect, convert, attempt, evaluate):
     commands.add_command(command)
 
 

@@ -66,6 +66,31 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     _write("\n".join([click.style(header, bold=True), *aligned]))
 
 
+def side_by_side(prompt: str, answers: dict[str, str], reference: str | None) -> None:
+    """A question and the answers to it on stdout: in columns on a terminal, else line by line."""
+    lines = {"prompt": prompt, **answers}
+    if reference is not None:
+        lines["reference"] = reference
+    if not _is_terminal(sys.stdout):
+        _write("\n".join(f"{name}\t{_one_line(text)}" for name, text in lines.items()) + "\n")
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    columns = {name: text for name, text in lines.items() if name != "prompt"}
+    table = Table(title=Text(_printable(prompt)), title_justify="left", box=box.SIMPLE, expand=True)
+    for name in columns:
+        table.add_column(Text(_printable(name)), ratio=1)
+    table.add_row(*(Text(_printable(text)) for text in columns.values()))
+    Console().print(table)
+
+
+def _one_line(text: str) -> str:
+    return _printable(text).replace("\n", "\\n")
+
+
 def size(count: float) -> str:
     """A number of bytes, as people say it.
 

@@ -39,6 +39,19 @@ threads = click.option(
 )
 
 
+tokenizer = click.option(
+    "--tokenizer",
+    type=PATH,
+    metavar="FILE",
+    help="The base model's tokenizer.json; without it, that of the GGUF file is used.",
+)
+most_tokens = click.option(
+    "--most-tokens",
+    type=click.IntRange(1),
+    default=128,
+    show_default=True,
+    help="The longest answer.",
+)
 base_config = click.option(
     "--base-config",
     type=PATH,

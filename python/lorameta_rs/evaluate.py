@@ -1,0 +1,266 @@
+"""Answers of a base model with adapters and without, scored against those of a dataset."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lorameta_rs import files
+from lorameta_rs.dataset import Example, examples
+from lorameta_rs.errors import InvalidDataset, LoraMetaError
+from lorameta_rs.formats.base import Base
+from lorameta_rs.formats.conversion import write_gguf
+from lorameta_rs.formats.opening import open_adapters
+from lorameta_rs.llama import Llama
+from lorameta_rs.merge import Options
+from lorameta_rs.scores import MEASURES, interval, scores
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from lorameta_rs._metrics import Floats
+    from lorameta_rs.tokenizer import Tokenizer
+
+BASE = "(base)"
+"""What the base model alone is called."""
+
+BUCKETS = (64, 256, 1024, 4096)
+"""The lengths of prompts, in tokens, up to which rows are reported apart; the rest are one more."""
+
+_CHUNK = 32  # answers that are kept at a time: what is lost at most when a run is broken off
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Questions, and the answers to them where they are known."""
+
+    texts: list[str]
+    references: list[str]
+    tokenizer: Tokenizer | None = None
+    """The base model's; None for that of its own file."""
+
+    @cached_property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """What the model is asked: texts, or token ids where there is a tokenizer."""
+        return self.texts if self.tokenizer is None else self.tokenizer.prompts(self.texts)
+
+    @classmethod
+    def of(
+        cls,
+        dataset: Path,
+        tokenizer: Tokenizer | None = None,
+        columns: Sequence[str] | None = None,
+        most: int | None = None,
+    ) -> Rows:
+        """The first rows of a dataset; `dataset.examples` says which formats it may have.
+
+        Raises:
+            InvalidDataset: It does not tell answers from questions, or cannot be read.
+        """
+        found = list(islice(examples(dataset, columns=columns), most))
+        told = [row for row in found if isinstance(row, Example) and row.answer]
+        if len(told) < len(found) or not found:
+            raise InvalidDataset(
+                f"`{dataset}`: row {len(told) + 1} has no answer apart from its question\n"
+                "expected fields such as `input` and `output`; --columns names others"
+            )
+        return cls([row.before for row in told], [row.answer for row in told], tokenizer)
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What one adapter, or the base alone, answers."""
+
+    name: str
+    answers: list[str]
+    scores: Floats
+    """`scores.scores` [rows, measures]."""
+    lengths: list[int]
+    """Of each prompt, in tokens."""
+
+    def mean(self, measure: str) -> float:
+        """The mean of a measure over all rows."""
+        return float(self.scores[:, MEASURES.index(measure)].mean())
+
+    def interval(self, measure: str) -> tuple[float, float]:
+        """The bootstrap interval of that mean, as `scores.interval`."""
+        return interval(self.scores[:, MEASURES.index(measure)])
+
+    def by_length(self, measure: str) -> dict[str, tuple[int, float]]:
+        """Rows and their mean by the length of their prompts, for each bucket that has any."""
+        column = self.scores[:, MEASURES.index(measure)]
+        places = np.searchsorted(BUCKETS, self.lengths)
+        names = [f"up to {most}" for most in BUCKETS] + ["longer"]
+        return {
+            names[place]: (int((places == place).sum()), float(column[places == place].mean()))
+            for place in sorted(set(places.tolist()))
+        }
+
+
+def evaluate(
+    base: Path,
+    adapters: Sequence[Path],
+    rows: Rows,
+    *,
+    folder: Path,
+    cache: Path | None = None,
+    most_tokens: int = 128,
+    threads: int = 0,
+    progress: Callable[[int, int], object] | None = None,
+) -> list[Evaluation]:
+    """Score a base model and each of some adapters on the same rows.
+
+    Args:
+        base: The model, a GGUF file.
+        adapters: PEFT folders, GGUF files, or others that `open_adapters` knows.
+        rows: The questions and their answers.
+        folder: Where adapters are put that have to be converted.
+        cache: Where answers are kept, by what they depend on; None to keep none.
+        most_tokens: The longest answer.
+        threads: Of the model; 0 for one a core.
+        progress: Told how many answers there are, of how many.
+
+    Returns:
+        That of the base first, then of the adapters in their order.
+
+    Raises:
+        LoraMetaError: As `Llama`, `open_adapters` and `scores.scores`.
+    """
+    said, lengths = answers(
+        base,
+        adapters,
+        rows,
+        folder=folder,
+        cache=cache,
+        most_tokens=most_tokens,
+        threads=threads,
+        progress=progress,
+    )
+    names = [BASE, *(str(path) for path in adapters)]
+    return [
+        Evaluation(name, own, scores(rows.references, own), lengths)
+        for name, own in zip(names, said, strict=True)
+    ]
+
+
+def answers(
+    base: Path,
+    adapters: Sequence[Path],
+    rows: Rows,
+    *,
+    folder: Path,
+    cache: Path | None = None,
+    most_tokens: int = 128,
+    threads: int = 0,
+    progress: Callable[[int, int], object] | None = None,
+) -> tuple[list[list[str]], list[int]]:
+    """What a base model, and each of some adapters, says to the same questions.
+
+    Returns:
+        The answers of the base, then those of each adapter; and the prompts' lengths in tokens.
+        Arguments and errors are those of `evaluate`.
+    """
+    paths = as_gguf(adapters, base, folder)
+    hashes = ["", *(files.sha256(path) for path in paths)]
+    kept = _Kept(cache, "" if cache is None else files.sha256(base), most_tokens)
+    count = len(rows.prompts)
+    found: list[list[str]] = []
+    with Llama(base, paths, context=_context(rows, most_tokens), threads=threads) as llama:
+        lengths = [
+            len(prompt if isinstance(prompt, list) else llama.tokens(prompt))
+            for prompt in rows.prompts
+        ]
+        for number, sha256 in enumerate(hashes):
+            scales = [float(i == number - 1) for i in range(len(adapters))]
+            own: list[str] = []
+            for start in range(0, count, _CHUNK):
+                prompts = rows.prompts[start : start + _CHUNK]
+                said = kept.load(sha256, prompts)
+                if said is None:
+                    said = _answers(llama, prompts, scales, most_tokens, rows.tokenizer)
+                    kept.save(sha256, prompts, said)
+                own += said
+                if progress is not None:
+                    progress(number * count + len(own), len(hashes) * count)
+            found.append(own)
+    return found, lengths
+
+
+def as_gguf(adapters: Sequence[Path], base: Path, folder: Path) -> list[Path]:
+    """The files that llama.cpp loads for some adapters, in `folder` if they have to be made.
+
+    Raises:
+        LoraMetaError: As `open_adapters` and `write_gguf`.
+    """
+    shape = Base.load(base)
+    made = []
+    for number, path in enumerate(adapters):
+        if path.is_file() and path.suffix == ".gguf":
+            made.append(path)
+            continue
+        (member, *others) = open_adapters(path, shape)
+        if others:
+            raise InvalidDataset(f"`{path}` holds adapters of several models: convert it first")
+        made.append(folder / f"{number}.gguf")
+        write_gguf(member, made[-1], shape, "float32", Options())
+    return made
+
+
+def _answers(
+    llama: Llama,
+    prompts: Sequence[str] | Sequence[list[int]],
+    scales: Sequence[float],
+    most_tokens: int,
+    tokenizer: Tokenizer | None,
+) -> list[str]:
+    said = llama.answers(list(prompts), scales, most_tokens)
+    if tokenizer is None:
+        return [text for text, _ in said]
+    return tokenizer.decode([ids for _, ids in said])
+
+
+def _context(rows: Rows, most_tokens: int) -> int:
+    """Tokens of the longest row with its answer; of texts at most one a byte."""
+    longest = max(
+        len(prompt) if isinstance(prompt, list) else len(prompt.encode()) + 2
+        for prompt in rows.prompts
+    )
+    return -(-(longest + most_tokens + 1) // 256) * 256
+
+
+class _Kept:
+    """Answers on the disk, each chunk under the hash of all that it depends on."""
+
+    def __init__(self, folder: Path | None, base: str, most_tokens: int) -> None:
+        self.folder = folder
+        self.of = [1, base, most_tokens]
+
+    def _path(self, adapter: str, prompts: Sequence[object]) -> Path:
+        key = json.dumps([*self.of, adapter, list(prompts)]).encode()
+        return (self.folder or Path()) / f"{hashlib.sha256(key).hexdigest()}.json"
+
+    def load(self, adapter: str, prompts: Sequence[object]) -> list[str] | None:
+        """The answers, if they are there and sound."""
+        if self.folder is None:
+            return None
+        try:
+            with files.reading(self._path(adapter, prompts)) as file:
+                found = json.load(file)
+        except (LoraMetaError, ValueError, RecursionError):
+            return None
+        sound = isinstance(found, list) and all(isinstance(one, str) for one in found)
+        return found if sound and len(found) == len(prompts) else None
+
+    def save(self, adapter: str, prompts: Sequence[object], answers: list[str]) -> None:
+        """Keep them; errors as `files.write_whole`."""
+        if self.folder is not None:
+            with files.refusals(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+            files.write_whole(self._path(adapter, prompts), json.dumps(answers).encode())

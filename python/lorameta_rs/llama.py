@@ -1,0 +1,261 @@
+"""A base model that answers, with and without adapters: llama.cpp, served on loopback.
+
+It comes from the package `xllamacpp` (extra `llama`), which holds llama.cpp itself. Adapters are
+loaded once; every request says how strongly each of them acts, so that a mixture needs no merging:
+scales add up what adapters do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Self
+
+from lorameta_rs import _core
+from lorameta_rs.errors import InvalidSetting, MissingExtra, MissingFile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from pathlib import Path
+
+    Prompt = str | list[int]
+
+# Enough to leave no other token a chance, and far from the end of float32.
+_FORCED = 1e4
+_ERRORS = 1  # llama.cpp's level of talk that tells what goes wrong, and little else
+_SECONDS = 600
+
+
+class Llama:
+    """A base model in GGUF, for as long as a `with` block lasts."""
+
+    def __init__(
+        self,
+        base: Path,
+        adapters: Sequence[Path] = (),
+        *,
+        context: int = 2048,
+        slots: int = 4,
+        threads: int = 0,
+    ) -> None:
+        """Nothing is loaded yet.
+
+        Args:
+            base: The model, a GGUF file.
+            adapters: GGUF files of adapters for it.
+            context: Tokens that a prompt and its answer may have together.
+            slots: Requests that are worked on side by side.
+            threads: Of the computation; 0 for one a core.
+        """
+        self.base = base
+        self.adapters = list(adapters)
+        self.context = context
+        self.slots = slots
+        self.threads = threads or os.cpu_count() or 1
+        self._server: Any = None
+
+    def __enter__(self) -> Self:
+        """Load the model and the adapters.
+
+        Raises:
+            MissingExtra: `xllamacpp` is not installed.
+            MissingFile: A file is not there.
+            InvalidAdapter: The base is no GGUF file.
+            InvalidSetting: llama.cpp refuses the model or an adapter; the message has its words.
+        """
+        try:
+            import xllamacpp
+        except ImportError as error:
+            what = "running a model needs llama.cpp: pip install 'lorameta-rs[llama]'"
+            raise MissingExtra(what) from error
+        for path in (self.base, *self.adapters):
+            if not path.is_file():
+                raise MissingFile(2, "no such file", str(path))
+        _core.gguf_metadata(os.fspath(self.base))
+        parameters = xllamacpp.CommonParams()
+        parameters.model.path = os.fspath(self.base)
+        parameters.lora_adapters = [
+            xllamacpp.CommonAdapterLoraInfo(os.fspath(path), 0.0) for path in self.adapters
+        ]
+        parameters.n_ctx = self.context * self.slots
+        parameters.n_parallel = self.slots
+        parameters.cpuparams.n_threads = self.threads
+        parameters.n_gpu_layers = 0
+        parameters.warmup = False
+        parameters.verbosity = _ERRORS
+        # Its cache of earlier prompts does not ask which adapters were on when it computed them.
+        parameters.cache_ram_mib = 0
+        # In 16 bits, as is usual, a cache changes log-probabilities by 1e-3.
+        parameters.cache_type_k = xllamacpp.ggml_type.GGML_TYPE_F32
+        parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        with _overheard() as words:
+            try:
+                self._server = xllamacpp.Server(parameters)
+            except RuntimeError as error:
+                names = ", ".join(f"`{path}`" for path in (self.base, *self.adapters))
+                raise InvalidSetting(f"llama.cpp does not load {names}: {words()}") from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop the server and give back its memory."""
+        self._server = None
+
+    def tokens(self, text: str) -> list[int]:
+        """The ids of a text by the model's own tokenizer, with its special tokens."""
+        found = self._post("tokenize", {"content": text, "add_special": True})
+        ids: list[int] = found["tokens"]
+        return ids
+
+    def answers(
+        self,
+        prompts: Sequence[Prompt],
+        scales: Sequence[float] = (),
+        most_tokens: int = 128,
+        progress: Callable[[int], object] | None = None,
+    ) -> list[tuple[str, list[int]]]:
+        """What the model says after each prompt, always taking the likeliest token.
+
+        Args:
+            prompts: Texts, or token ids with the special tokens that belong to them.
+            scales: How strongly each adapter acts, in the order of `adapters`; none of them unless
+                given. Any number is right: 0 is off.
+            most_tokens: The longest answer.
+            progress: Told how many are done.
+
+        Returns:
+            Of each prompt the text as the model's own tokenizer has it, and its token ids.
+
+        Raises:
+            InvalidSetting: A prompt does not fit into the context.
+        """
+
+        def one(prompt: Prompt) -> tuple[str, list[int]]:
+            body = {
+                "prompt": prompt,
+                "n_predict": most_tokens,
+                "temperature": 0.0,
+                "return_tokens": True,
+                "cache_prompt": False,
+            }
+            found = self._post("completion", self._with(scales) | body)
+            return found["content"], found["tokens"]
+
+        return self._each(one, prompts, progress)
+
+    def log_likelihoods(
+        self,
+        rows: Sequence[tuple[list[int], list[int]]],
+        scales: Sequence[float] = (),
+        progress: Callable[[int], object] | None = None,
+    ) -> list[list[float]]:
+        """The natural logarithm of the probability of each token of given answers.
+
+        The server tells the probabilities of what it says: so it is made to say the answer, one
+        token a request, while the prompt stays in its cache. A row costs one pass over its prompt
+        and about a millisecond and one token's computation for each token of its answer.
+
+        Args:
+            rows: The ids of each prompt, and those of the answer to it.
+            scales: As `answers`; also negative, or above one.
+            progress: Told how many rows are done.
+
+        Returns:
+            One list for each row, as long as its answer.
+
+        Raises:
+            InvalidSetting: A row does not fit into the context.
+        """
+
+        def one(row: tuple[list[int], list[int]]) -> list[float]:
+            prompt, answer = row
+            found = []
+            for place, token in enumerate(answer):
+                body = {
+                    "prompt": prompt + answer[:place],
+                    "n_predict": 1,
+                    "temperature": -1.0,  # greedy, with the probabilities told
+                    "n_probs": 1,
+                    "logit_bias": [[token, _FORCED]],
+                }
+                said = self._post("completion", body | self._with(scales))
+                (probability,) = said["completion_probabilities"]
+                if probability["id"] != token:
+                    raise InvalidSetting(f"`{self.base}` has no token {token}: another tokenizer?")
+                found.append(float(probability["logprob"]))
+            return found
+
+        return self._each(one, rows, progress)
+
+    def _with(self, scales: Sequence[float]) -> dict[str, Any]:
+        given = list(scales) or [0.0] * len(self.adapters)
+        if len(given) != len(self.adapters):
+            raise InvalidSetting(f"{len(given)} scales for {len(self.adapters)} adapters")
+        lora = [{"id": number, "scale": scale} for number, scale in enumerate(given)]
+        return {"cache_prompt": True, "lora": lora}
+
+    def _each(
+        self,
+        work: Callable[[Any], Any],
+        things: Iterable[Any],
+        progress: Callable[[int], object] | None,
+    ) -> list[Any]:
+        """The work on each thing, as many side by side as there are slots; the order is kept."""
+        pool = ThreadPoolExecutor(self.slots)
+        try:
+            found = []
+            for answer in pool.map(work, things):
+                found.append(answer)
+                if progress is not None:
+                    progress(len(found))
+            return found
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _post(self, path: str, body: dict[str, Any]) -> Any:
+        """What the server answers; it listens on this machine alone."""
+        request = urllib.request.Request(
+            f"{self._server.listening_address}/{path}",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        # No proxy: what the environment names would be asked for this machine itself.
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with direct.open(request, timeout=_SECONDS) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            with error:
+                said = error.read().decode(errors="replace")[:300]
+            raise InvalidSetting(f"`{self.base}`: llama.cpp says: {said}") from None
+
+
+@contextmanager
+def _overheard() -> Iterator[Callable[[], str]]:
+    """Keep what llama.cpp writes on stderr from the terminal; the last errors can be asked for."""
+    sys.stderr.flush()
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is none
+        yield lambda: "it says nothing"
+        return
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+
+            def words() -> str:
+                file.seek(0)
+                lines = file.read().decode(errors="replace").splitlines()
+                errors = [line.partition(" E ")[2].strip() for line in lines if " E " in line]
+                return "; ".join(errors[:2]) or "it says nothing"
+
+            yield words
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)

@@ -1,0 +1,95 @@
+"""`evaluate` and `try` with the real llama.cpp on a base of two layers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers, processors
+
+pytest.importorskip("xllamacpp", reason="llama.cpp has no wheel for this platform")
+pytest.importorskip("rouge_score", reason="rouge-score is not installed")
+
+
+@pytest.fixture(scope="module")
+def base(golden):
+    return golden / "interop" / "gguf" / "base.gguf"
+
+
+@pytest.fixture(scope="module")
+def adapter(golden):
+    return golden / "peft_combine" / "adapters" / "a_r8"
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A dataset, and a tokenizer with a word for each of the base's 64 ids."""
+    words = {"<s>": 1} | {f"w{i}": i for i in range(64) if i != 1}
+    model = tokenizers.Tokenizer(models.WordLevel(words, unk_token="w0"))
+    model.pre_tokenizer = pre_tokenizers.Whitespace()
+    model.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    model.save(str(tmp_path / "tokenizer.json"))
+    rows = [{"input": f"w{i} w{i + 5} w17", "output": f" w{i}"} for i in range(5, 45)]
+    dataset = tmp_path / "test.jsonl"
+    dataset.write_text("\n".join(json.dumps(row) for row in rows))
+    return dataset, tmp_path / "tokenizer.json"
+
+
+def test_scores_of_the_base_and_of_adapters(lorameta, base, adapter, files, golden, tmp_path):
+    dataset, tokenizer = files
+    gguf = golden / "interop" / "gguf" / "a_r8.folded.gguf"
+    command = [
+        *("evaluate", base, adapter, gguf, "--dataset", dataset, "--tokenizer", tokenizer),
+        *("--most-tokens", "4", "--cache", tmp_path / "cache"),
+    ]
+    status, out, err = lorameta(*command, "--json")
+    assert status == 0, err
+    alone, peft, other = json.loads(out)
+    assert [one["rows"] for one in (alone, peft, other)] == [40] * 3
+    assert peft["answers"] == other["answers"] != alone["answers"]
+    assert all(len(answer.split()) <= 4 for answer in alone["answers"])
+    low, high = peft["rouge_l_interval"]
+    assert low <= peft["rouge_l"] <= high
+    kept = {path: path.read_text() for path in (tmp_path / "cache").iterdir()}
+    assert len(kept) == 6
+    # What is kept is what is scored: an answer that is put there counts.
+    for path, text in kept.items():
+        path.write_text(json.dumps(["w0"] * len(json.loads(text))))
+    status, out, _ = lorameta(*command, "--json")
+    assert {answer for one in json.loads(out) for answer in one["answers"]} == {"w0"}
+    for path in kept:
+        path.write_text("half a fi")
+    status, out, _ = lorameta(*command)
+    lines = [line.split("\t") for line in out.splitlines()]
+    assert [line[0] for line in lines] == ["adapter", "(base)", str(adapter), str(gguf)]
+    assert float(lines[2][1]) == pytest.approx(peft["rouge_l"], abs=1e-3)
+
+
+def test_questions_and_answers_side_by_side(lorameta, base, adapter, files):
+    dataset, tokenizer = files
+    command = ["try", base, adapter, "--tokenizer", tokenizer, "--most-tokens", "3"]
+    status, out, err = lorameta(*command, "--dataset", dataset, "--rows", "2", "--json")
+    assert status == 0, err
+    rows = json.loads(out)
+    assert [row["prompt"] for row in rows] == ["w5 w10 w17", "w6 w11 w17"]
+    assert [row["reference"] for row in rows] == [" w5", " w6"]
+    assert list(rows[0]["answers"]) == [str(base), str(adapter)]
+    status, out, _ = lorameta(*command, "--prompt", "w5 w10 w17")
+    said = dict(line.split("\t") for line in out.splitlines() if line)
+    assert said == {"prompt": "w5 w10 w17", **rows[0]["answers"]}
+
+
+def test_what_cannot_be_asked(lorameta, base, adapter, files, tmp_path):
+    dataset, _ = files
+    assert lorameta("try", base, adapter)[0] == 2
+    assert lorameta("try", base, adapter, "--prompt", "x", "--dataset", dataset)[0] == 2
+    (tmp_path / "plain.txt").write_text("a\nb")
+    status, _, err = lorameta("evaluate", base, "--dataset", tmp_path / "plain.txt")
+    assert (status, "row 1 has no answer" in err) == (1, True)
+    status, _, err = lorameta("evaluate", tmp_path / "none.gguf", "--dataset", dataset)
+    assert (status, "none.gguf" in err) == (1, True)
+    status, _, err = lorameta("evaluate", adapter, "--dataset", dataset)
+    assert status == 1

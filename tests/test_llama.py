@@ -1,0 +1,95 @@
+"""The real llama.cpp behind `Llama`: likelihoods, mixtures, refusals, and that it is gone after."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from lorameta_rs.errors import InvalidAdapter, InvalidSetting, MissingFile
+from lorameta_rs.llama import Llama
+
+pytest.importorskip("xllamacpp", reason="llama.cpp has no wheel for this platform")
+
+
+@pytest.fixture(scope="module")
+def gguf(golden):
+    return golden / "interop" / "gguf"
+
+
+@pytest.fixture(scope="module")
+def recorded(golden):
+    folder = golden / "peft_combine"
+    ids = json.loads((folder / "manifest.json").read_text())["input_ids"]
+    return ids, load_file(folder / "forward_logits.safetensors")
+
+
+@pytest.fixture(scope="module")
+def llama(gguf):
+    adapters = [gguf / "a_r8.global.gguf", gguf / "f_r8_patterns.folded.gguf"]
+    with Llama(gguf / "base.gguf", adapters, context=64, slots=2) as llama:
+        yield llama
+
+
+def wanted(logits, ids, start):
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    table = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return [table[i - 1, ids[i]] for i in range(start, len(ids))]
+
+
+@pytest.mark.parametrize(
+    ("name", "scales"),
+    [("base", ()), ("base", (0, 0)), ("a_r8", (1, 0)), ("f_r8_patterns", (0, 1))],
+)
+def test_likelihoods_are_pefts(llama, recorded, name, scales):
+    ids, logits = recorded
+    told = []
+    found = llama.log_likelihoods([(row[:3], row[3:]) for row in ids], scales, told.append)
+    for row, got, table in zip(ids, found, logits[name], strict=True):
+        np.testing.assert_allclose(got, wanted(table, row, 3), atol=1e-4)
+    assert told == [1, 2]
+
+
+def test_a_mixture_lies_off_both(llama, recorded):
+    rows = [(row[:3], row[3:]) for row in recorded[0]]
+    both, half = (llama.log_likelihoods(rows, scales) for scales in ((1, 1), (0.5, -0.5)))
+    assert np.abs(np.subtract(both, half)).max() > 0.01
+
+
+def test_answers_are_the_likeliest_tokens_in_the_order_of_the_prompts(llama, recorded):
+    ids, logits = recorded
+    prompts = [row for row in ids for _ in range(3)]
+    found = llama.answers(prompts, (1, 0), most_tokens=1)
+    firsts = [int(table[-1].argmax()) for table in logits["a_r8"] for _ in range(3)]
+    assert [tokens for _, tokens in found] == [[first] for first in firsts]
+
+
+def test_what_cannot_be_is_said(llama, gguf, golden, tmp_path):
+    with pytest.raises(InvalidSetting, match="1 scales for 2 adapters"):
+        llama.answers([[1]], (1.0,))
+    with pytest.raises(InvalidSetting, match="context"):
+        llama.answers([[1] * 500])
+    with pytest.raises(MissingFile), Llama(tmp_path / "none.gguf"):
+        pass
+    (tmp_path / "text.gguf").write_text("no model")
+    with pytest.raises(InvalidAdapter), Llama(tmp_path / "text.gguf"):
+        pass
+    with (
+        pytest.raises(InvalidSetting, match=r"general\.type"),
+        Llama(gguf / "base.gguf", [gguf / "base.gguf"]),
+    ):
+        pass
+
+
+def test_it_is_gone_after_the_block(gguf, capfd):
+    with Llama(gguf / "base.gguf", context=64, slots=1) as llama:
+        address = llama._server.listening_address
+        assert address.startswith("http://127.0.0.1:")
+        assert llama.answers([[1, 5]], most_tokens=2)
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(f"{address}/health", timeout=5)
+    assert capfd.readouterr().err == ""
