@@ -333,7 +333,7 @@ def test_more_than_servers_load_is_warned_about(make_bank, tmp_path, lorameta):
         "merge", written.folder, *weights, "-o", tmp_path / "out", "--method", "cat"
     )
     assert status == 0
-    assert "rank 24: vLLM loads 16 unless started with --max-lora-rank" in err
+    assert "vLLM refuses rank 24 unless it is started with --max-lora-rank 32" in err
 
 
 def test_a_matrix_of_another_size_is_refused(real, tmp_path):

@@ -7,6 +7,7 @@ import shlex
 from typing import TYPE_CHECKING
 
 from lorameta_rs.provenance import size
+from lorameta_rs.runtimes import transformers_code, vllm_command
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,13 +25,14 @@ def model_card(record: Provenance, config: dict[str, object], out: Path) -> str:
         front.insert(0, f"base_model: {json.dumps(base)}")
     lines = ["---", *front, "---", "", f"# {out.name}", "", _summary(record), ""]
     lines += [*_table(record), "", *_relevance(record)]
-    lines += ["## Use", "", "```python", "from peft import PeftModel"]
-    lines += ["from transformers import AutoModelForCausalLM", ""]
+    known = None if base is None else str(base)
+    lines += ["## Use", "", "```python", transformers_code(known, out.name), "```", ""]
+    rank = config["r"]
+    assert isinstance(rank, int), "the configuration of a result has one rank"
+    served = vllm_command(known, out.name, out.name, rank)
+    if served is not None:
+        lines += ["```sh", served, "```", ""]
     lines += [
-        f"model = AutoModelForCausalLM.from_pretrained({json.dumps(base or 'the base model')})",
-        f"model = PeftModel.from_pretrained(model, {json.dumps(out.name)})",
-        "```",
-        "",
         "`lorameta.json` beside this file holds what is needed to make the adapter again:",
         "",
         "```sh",

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
     from lorameta_rs._core import Outcome
     from lorameta_rs.bank import Bank
+    from lorameta_rs.member import Member
     from lorameta_rs.merge import Job, Merged, Options
     from lorameta_rs.provenance import Provenance
 
 _SHOWN = 8
-_SERVED = 16
 _OF_RESULT = (
     *("method", "rank", "energy", "normalize", "density", "majority_sign", "seed"),
     *("dtype", "allow_nan", "memory"),
@@ -369,10 +369,29 @@ def _say_done(jobs: Sequence[Job], done: Merged, dry_run: bool) -> None:
     console.say(f"read {read} with {memory}")
     for job, outcome in zip(jobs, done.outcomes, strict=True):
         console.say(f"wrote {job.out}{_rank_of(outcome)}")
-        if outcome.rank is not None and outcome.rank > _SERVED:
-            console.warn(
-                f"rank {outcome.rank}: vLLM loads {_SERVED} unless started with --max-lora-rank"
-            )
+    _say_use([job.out for job in jobs])
+
+
+def _say_use(outs: Sequence[Path]) -> None:
+    """Which servers refuse the results or get them wrong, and how to run the first of them."""
+    from lorameta_rs.runtimes import commands
+    from lorameta_rs.servers import breaches
+
+    results = _results(outs)
+    # Results of one bank mostly break the same rules: each is said once.
+    for breach in dict.fromkeys(breach for result in results for breach in breaches(result)):
+        console.say(breach)
+    for result in results[:1]:
+        base = result.config.base_model_name_or_path
+        for runtime, line in commands(base, result.folder, max(result.ranks)).items():
+            console.say(f"{runtime}: {line}")
+
+
+def _results(outs: Sequence[Path]) -> list[Member]:
+    """The adapters that were written."""
+    from lorameta_rs.member import Member, open_members
+
+    return [one for one in open_members(outs) if isinstance(one, Member)]
 
 
 def _rank_of(outcome: Outcome) -> str:
@@ -393,6 +412,8 @@ def _rank_of(outcome: Outcome) -> str:
 
 
 def _as_data(bank: Bank, jobs: Sequence[Job], done: Merged) -> dict[str, Any]:
+    from lorameta_rs.servers import breaches
+
     described = [_described(bank, job) for job in jobs]
     for one, outcome in zip(described, done.outcomes, strict=False):
         one["rank"] = outcome.rank
@@ -400,6 +421,9 @@ def _as_data(bank: Bank, jobs: Sequence[Job], done: Merged) -> dict[str, Any]:
             {"module": name, "energy": energy, "kept": kept, "exact": exact}
             for name, energy, kept, exact in outcome.kept
         ]
+    written = [job.out for job in jobs] if done.outcomes else []
+    for one, result in zip(described, _results(written), strict=False):
+        one["servers"] = breaches(result)
     plan = {name: getattr(done.plan, name) for name in ("bytes", "memory", "threads")}
     chosen = {"method": done.method, "soup_error": done.soup_error}
     return {"jobs": described, "plan": plan, **chosen}

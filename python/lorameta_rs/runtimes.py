@@ -1,0 +1,45 @@
+"""How to run an adapter folder: the commands of the runtimes that load it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import TYPE_CHECKING
+
+from lorameta_rs.servers import VLLM_RANK, vllm_rank
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_UNKNOWN = "BASE"
+
+
+def transformers_code(base: str | None, folder: str) -> str:
+    """Python that loads the adapter onto its base model; `folder` is where it lies."""
+    return "\n".join(
+        (
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM",
+            "",
+            f"model = AutoModelForCausalLM.from_pretrained({json.dumps(base or _UNKNOWN)})",
+            f"model = PeftModel.from_pretrained(model, {json.dumps(folder)})",
+        )
+    )
+
+
+def vllm_command(base: str | None, name: str, folder: str, rank: int) -> str | None:
+    """The command that serves the adapter as `name`; None if vLLM loads no rank so large."""
+    most = vllm_rank(rank)
+    if most is None:
+        return None
+    words = ["vllm", "serve", base or _UNKNOWN, "--enable-lora"]
+    if rank > VLLM_RANK:
+        words += ["--max-lora-rank", str(most)]
+    return shlex.join([*words, "--lora-modules", f"{name}={folder}"])
+
+
+def commands(base: str | None, out: Path, rank: int) -> dict[str, str]:
+    """One line for each runtime that loads the adapter in `out`, by its name."""
+    last = transformers_code(base, str(out)).splitlines()[-1]
+    found = {"transformers": last, "vLLM": vllm_command(base, out.absolute().name, str(out), rank)}
+    return {runtime: line for runtime, line in found.items() if line is not None}

@@ -1,0 +1,53 @@
+"""The commands that run a result: right for its base, its place and its rank."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import Adapter
+
+from lorameta_rs.runtimes import commands, transformers_code, vllm_command
+
+MODULES = {f"model.layers.0.self_attn.{name}": (24, 24) for name in ("q_proj", "k_proj", "v_proj")}
+
+
+@pytest.mark.parametrize(("rank", "most"), [(1, None), (16, None), (17, "32"), (300, "320")])
+def test_vllm_is_told_a_rank_over_its_own(rank, most):
+    words = shlex.split(vllm_command("org/base", "mine", "a b/mine", rank))
+    assert words[:4] == ["vllm", "serve", "org/base", "--enable-lora"]
+    assert words[-2:] == ["--lora-modules", "mine=a b/mine"]
+    assert words[4:-2] == ([] if most is None else ["--max-lora-rank", most])
+
+
+def test_what_vllm_does_not_load_has_no_command():
+    assert vllm_command("org/base", "mine", "mine", 513) is None
+    assert list(commands("org/base", Path("mine"), 513)) == ["transformers"]
+
+
+def test_transformers_code_is_python():
+    code = transformers_code('a "quoted" base', "c:\\out")
+    compile(code, "code", "exec")
+    assert '"a \\"quoted\\" base"' in code
+    assert '"BASE"' in transformers_code(None, "out")
+
+
+def test_merge_says_how_to_run_its_result(lorameta, tmp_path):
+    bank = tmp_path / "bank"
+    for name in ("x", "y"):
+        Adapter(seed=0, modules=MODULES, rank=12).write(bank / name)
+    out = tmp_path / "out"
+    sum_of = ["--weights", "x=1", "--weights", "y=0.5", "--method"]
+    status, said, err = lorameta("merge", bank, *sum_of, "cat", "-o", out)
+    assert status == 0
+    command = f"--enable-lora --max-lora-rank 32 --lora-modules out={out}"
+    assert "vLLM refuses rank 24 unless it is started with --max-lora-rank 32" in err
+    assert command in said + err
+    assert "PeftModel.from_pretrained(model, " in said + err
+    card = (out / "README.md").read_text()
+    assert "--max-lora-rank 32 --lora-modules out=out" in card
+    status, said, err = lorameta("merge", bank, *sum_of, "soup", "-o", tmp_path / "small")
+    assert status == 0
+    assert "vLLM refuses" not in err
+    assert "--max-lora-rank" not in said + err
