@@ -34,7 +34,8 @@ def record(count=3, *, target=True, **names):
 
 
 def card(found=None, base="org/base", out="out/predicted"):
-    return model_card(found or record(), {"base_model_name_or_path": base}, Path(out))
+    config = {"base_model_name_or_path": base, "r": 8}
+    return model_card(found or record(), config, Path(out))
 
 
 def test_front_matter():

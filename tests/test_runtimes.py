@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
 from conftest import Adapter
 
-from lorameta_rs.runtimes import commands, transformers_code, vllm_command
+from lorameta_rs.runtimes import (
+    commands,
+    gguf_commands,
+    mlx_command,
+    transformers_code,
+    vllm_command,
+)
 
 MODULES = {f"model.layers.0.self_attn.{name}": (24, 24) for name in ("q_proj", "k_proj", "v_proj")}
 
@@ -31,6 +38,35 @@ def test_transformers_code_is_python():
     compile(code, "code", "exec")
     assert '"a \\"quoted\\" base"' in code
     assert '"BASE"' in transformers_code(None, "out")
+
+
+def test_ollamas_modelfile_is_written_as_it_is(tmp_path):
+    base, adapter = tmp_path / "it's a %s base.gguf", tmp_path / "mine.gguf"
+    lines = gguf_commands(base, adapter)
+    assert shlex.split(lines["llama.cpp"]) == ["llama-cli", "-m", str(base), "--lora", str(adapter)]
+    written, create = lines["Ollama"].split(" && ")
+    assert create == "ollama create mine"
+    subprocess.run(["sh", "-c", written], cwd=tmp_path, check=True)
+    assert (tmp_path / "Modelfile").read_text() == f"FROM {base}\nADAPTER {adapter}\n"
+
+
+def test_a_base_that_is_not_known_is_left_open(tmp_path):
+    assert "-m ./BASE.gguf" in gguf_commands(None, tmp_path / "x.gguf")["llama.cpp"]
+    assert "--model BASE " in mlx_command(None, tmp_path)["MLX"]
+
+
+@pytest.mark.parametrize(
+    ("to", "expected"),
+    [("gguf", "--lora {out}/adapter.gguf"), ("mlx", "--adapter-path {out}"), ("peft", "{out}")],
+)
+def test_convert_says_how_to_run_its_result(lorameta, golden, tmp_path, to, expected):
+    adapter = golden / "peft_combine" / "adapters" / "a_r8"
+    base = golden / "interop" / "gguf" / "base.gguf"
+    out = tmp_path / "out"
+    status, said, err = lorameta("convert", adapter, "-o", out, "--to", to, "--base-config", base)
+    assert status == 0
+    assert expected.format(out=out) in said + err
+    assert (f"-m {base}" in said + err) == (to == "gguf")
 
 
 def test_merge_says_how_to_run_its_result(lorameta, tmp_path):

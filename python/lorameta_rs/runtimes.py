@@ -1,4 +1,4 @@
-"""How to run an adapter folder: the commands of the runtimes that load it."""
+"""How to run an adapter: the commands of the runtimes that load its format."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from lorameta_rs.servers import VLLM_RANK, vllm_rank
 if TYPE_CHECKING:
     from pathlib import Path
 
+# What stands where the base model is not known.
 _UNKNOWN = "BASE"
 
 
@@ -39,7 +40,25 @@ def vllm_command(base: str | None, name: str, folder: str, rank: int) -> str | N
 
 
 def commands(base: str | None, out: Path, rank: int) -> dict[str, str]:
-    """One line for each runtime that loads the adapter in `out`, by its name."""
+    """One line for each runtime that loads the PEFT adapter in `out`, by its name."""
     last = transformers_code(base, str(out)).splitlines()[-1]
     found = {"transformers": last, "vLLM": vllm_command(base, out.absolute().name, str(out), rank)}
     return {runtime: line for runtime, line in found.items() if line is not None}
+
+
+def gguf_commands(base: Path | None, file: Path) -> dict[str, str]:
+    """The same for a GGUF adapter; `base` is its base model as GGUF."""
+    model = f"./{_UNKNOWN}.gguf" if base is None else str(base.absolute())
+    adapter = file.absolute()
+    # The paths of a Modelfile are of the folder that it lies in, wherever that will be.
+    modelfile = shlex.join(["printf", "%s\\n", f"FROM {model}", f"ADAPTER {adapter}"])
+    return {
+        "llama.cpp": shlex.join(["llama-cli", "-m", model, "--lora", str(file)]),
+        "Ollama": f"{modelfile} > Modelfile && {shlex.join(['ollama', 'create', adapter.stem])}",
+    }
+
+
+def mlx_command(base: str | None, folder: Path) -> dict[str, str]:
+    """The same for an MLX adapter."""
+    words = ["mlx_lm.chat", "--model", base or _UNKNOWN, "--adapter-path", str(folder)]
+    return {"MLX": shlex.join(words)}

@@ -11,6 +11,8 @@ from lorameta_rs.cli import console, options
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from lorameta_rs.formats.base import Base
+    from lorameta_rs.member import Member
     from lorameta_rs.merge import Options
 
 
@@ -99,6 +101,20 @@ def _one(
                 write(member, stage, to, dtype, base, run, update)
     for member, place in zip(found, outs, strict=True):
         console.say(f"wrote {place}, {console.number(len(member.modules), 'module')}")
+    for runtime, line in _commands(found[0], outs[0], to, base).items():
+        console.say(f"{runtime}: {line}")
+
+
+def _commands(member: Member, out: Path, to: str, base: Base | None) -> dict[str, str]:
+    """How the first adapter that was written is run."""
+    from lorameta_rs.member import GGUF_WEIGHTS
+    from lorameta_rs.runtimes import commands, gguf_commands, mlx_command
+
+    name = member.config.base_model_name_or_path
+    if to == "gguf":
+        file = out / GGUF_WEIGHTS if out.is_dir() else out
+        return gguf_commands(None if base is None else base.gguf, file)
+    return mlx_command(name, out) if to == "mlx" else commands(name, out, max(member.ranks))
 
 
 def _bank(
