@@ -30,7 +30,7 @@ def test_vllm_is_told_a_rank_over_its_own(rank, most):
 
 def test_what_vllm_does_not_load_has_no_command():
     assert vllm_command("org/base", "mine", "mine", 513) is None
-    assert list(commands("org/base", Path("mine"), 513)) == ["transformers"]
+    assert list(commands("peft", "org/base", Path("mine"), 513)) == ["transformers"]
 
 
 def test_transformers_code_is_python():

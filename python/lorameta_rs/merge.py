@@ -11,8 +11,10 @@ from lorameta_rs import _core, files
 from lorameta_rs.card import model_card
 from lorameta_rs.config import FILE_NAME, as_json
 from lorameta_rs.errors import FileChanged, InvalidSetting, UnreadableFile
+from lorameta_rs.formats import FORMATS
+from lorameta_rs.formats.conversion import known_base, write
 from lorameta_rs.index import Index
-from lorameta_rs.member import WEIGHTS
+from lorameta_rs.member import GGUF_WEIGHTS, MLX_WEIGHTS, WEIGHTS, Member, open_members
 from lorameta_rs.provenance import FILE_NAME as PROVENANCE
 from lorameta_rs.provenance import provenance
 from lorameta_rs.result import result_config
@@ -20,12 +22,12 @@ from lorameta_rs.staging import staged
 from lorameta_rs.sums import Sums
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from lorameta_rs._metrics import Floats
     from lorameta_rs.bank import Bank
     from lorameta_rs.fingerprint import Fingerprint
-    from lorameta_rs.member import Member
+    from lorameta_rs.formats.base import Base
     from lorameta_rs.ranking import Ranking
 
 SPARSE = ("magnitude_prune", "ties", "dare_linear", "dare_ties")
@@ -44,7 +46,7 @@ the sum to the weighted mean of the norms."""
 
 DTYPES = ("float32", "float16", "bfloat16")
 CARD = "README.md"
-FILES = (PROVENANCE, WEIGHTS, FILE_NAME, CARD)
+FILES = (PROVENANCE, WEIGHTS, FILE_NAME, CARD, GGUF_WEIGHTS, MLX_WEIGHTS)
 
 MEMORY = 64 << 20
 
@@ -91,6 +93,11 @@ class Options:
     more than 384."""
     dtype: str = "float32"
     """One of `DTYPES`: the type of the tensors that are written."""
+    formats: tuple[str, ...] = ("peft",)
+    """Those of `FORMATS` that are written: one into the output's folder, several into one each
+    inside it."""
+    base: Base | None = None
+    """The base model, which `gguf` depends on; None for what the bank says of it."""
     threads: int = 0
     """Worker threads; 0 for one a core, or two where a disk may have to be waited for."""
     memory: int = MEMORY
@@ -111,9 +118,12 @@ class Options:
             ("normalize", self.normalize or NORMALIZATIONS[0], NORMALIZATIONS),
             ("majority_sign", self.majority_sign, MAJORITIES),
             ("io", self.io, ("read", "mmap")),
+            *(("format", one, FORMATS) for one in self.formats),
         ):
             if found not in known:
                 raise InvalidSetting(f"{name} `{found}`: expected one of {', '.join(known)}")
+        if not self.formats:
+            raise InvalidSetting("formats: none is given")
         for name, number, least in (
             ("threads", self.threads, 0),
             ("memory", self.memory, 1),
@@ -211,32 +221,63 @@ def merge(
     run = replace(options, method=sums.method, normalize=sums.normalize)
     index = Index.of(bank)
     hashes = {member.name: _hash(member, index, options.verify) for member in sums.members}
-    outs = [job.out for job in jobs]
+    if "gguf" in run.formats:
+        run = replace(run, base=known_base(run.base, bank.folder))
+    places = [written_to(job.out, run.formats) for job in jobs]
+    outs = [place for folders in places for place in folders.values()]
     with staged(outs, FILES, options.force) as stages:
         try:
+            left = iter(stages)
+            stages_of = [{to: next(left) for to in folders} for folders in places]
+            first = [next(iter(folders.values())) for folders in stages_of]
             done, outcomes = _core.combine(
                 sums.adapters,
                 sums.coefficients,
                 sums.strengths,
-                [os.fspath(stage / WEIGHTS) for stage in stages],
+                [os.fspath(stage / WEIGHTS) for stage in first],
                 run,
                 progress,
             )
-            for stage, job, outcome in zip(stages, jobs, outcomes, strict=True):
+            for i, (job, outcome) in enumerate(zip(jobs, outcomes, strict=True)):
                 rank = outcome.rank or sums.rank
                 assert rank is not None, "a method that keeps the rank has been given one"
                 config = result_config(bank.base_model, sums.members, rank, sums.alpha or rank)
                 record = provenance(bank, job, run, hashes)
-                for name, text in (
-                    (FILE_NAME, as_json(config)),
-                    (PROVENANCE, record.as_json()),
-                    (CARD, model_card(record, config, job.out)),
-                ):
-                    # A path need not be UTF-8: its other bytes become escapes, as JSON has them.
-                    files.write_whole(stage / name, text.encode(errors="backslashreplace"))
+                _write(first[i] / FILE_NAME, as_json(config))
+                _convert(first[i], stages_of[i], job.out.absolute().name, run)
+                for to, stage in stages_of[i].items():
+                    _write(stage / PROVENANCE, record.as_json())
+                    _write(stage / CARD, model_card(record, config, places[i][to], to))
         except UnreadableFile as error:
             raise _of_output(error, stages, outs) from error
     return Merged(done, sums.method, sums.soup_error, outcomes)
+
+
+def written_to(out: Path, formats: Sequence[str]) -> dict[str, Path]:
+    """The folder of each format of an output."""
+    chosen = [to for to in FORMATS if to in formats]
+    return {to: out / to if len(chosen) > 1 else out for to in chosen}
+
+
+def _write(path: Path, text: str) -> None:
+    # A path need not be UTF-8: its other bytes become escapes, as JSON has them.
+    files.write_whole(path, text.encode(errors="backslashreplace"))
+
+
+def _convert(made: Path, folders: Mapping[str, Path], name: str, options: Options) -> None:
+    """Write the PEFT adapter in `made` in the other formats, and drop it if it is not one."""
+    others = {to: folder for to, folder in folders.items() if to != "peft"}
+    if not others:
+        return
+    (member,) = open_members([made])
+    assert isinstance(member, Member), "what was just written can be read"
+    member = replace(member, name=name)
+    if "peft" not in folders:
+        (made / FILE_NAME).unlink()
+    for to, folder in others.items():
+        write(member, folder, to, options.dtype, options.base, options)
+    if "peft" not in folders:
+        (made / WEIGHTS).unlink()
 
 
 def _hash(member: Member, index: Index, verify: bool) -> str | None:

@@ -186,7 +186,7 @@ def provenance(
         "drop_unsupported": bank.drop_unsupported,
         **{name: getattr(options, name) for name in OF_RESULT},
     }
-    if (base := Base.known(None, bank.folder)) is not None:
+    if (base := options.base or Base.known(None, bank.folder)) is not None:
         settings["base"] = base.table
     if job.modules:
         settings["modules"] = list(job.modules)

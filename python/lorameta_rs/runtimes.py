@@ -6,6 +6,7 @@ import json
 import shlex
 from typing import TYPE_CHECKING
 
+from lorameta_rs.member import GGUF_WEIGHTS
 from lorameta_rs.servers import VLLM_RANK, vllm_rank
 
 if TYPE_CHECKING:
@@ -39,15 +40,29 @@ def vllm_command(base: str | None, name: str, folder: str, rank: int) -> str | N
     return shlex.join([*words, "--lora-modules", f"{name}={folder}"])
 
 
-def commands(base: str | None, out: Path, rank: int) -> dict[str, str]:
-    """One line for each runtime that loads the PEFT adapter in `out`, by its name."""
+def commands(
+    to: str, base: str | None, out: Path, rank: int, gguf: Path | None = None
+) -> dict[str, str]:
+    """One line for each runtime that loads an adapter of a format, by the runtime's name.
+
+    Args:
+        to: The format.
+        base: The base model's name.
+        out: The adapter's folder, or its GGUF file.
+        rank: The adapter's.
+        gguf: The base model as GGUF.
+    """
+    if to == "gguf":
+        return gguf_commands(gguf, out / GGUF_WEIGHTS if out.is_dir() else out)
+    if to == "mlx":
+        return mlx_command(base, out)
     last = transformers_code(base, str(out)).splitlines()[-1]
-    found = {"transformers": last, "vLLM": vllm_command(base, out.absolute().name, str(out), rank)}
-    return {runtime: line for runtime, line in found.items() if line is not None}
+    served = vllm_command(base, out.absolute().name, str(out), rank)
+    return {"transformers": last} | ({} if served is None else {"vLLM": served})
 
 
 def gguf_commands(base: Path | None, file: Path) -> dict[str, str]:
-    """The same for a GGUF adapter; `base` is its base model as GGUF."""
+    """Those for a GGUF adapter; `base` is its base model as GGUF."""
     model = f"./{_UNKNOWN}.gguf" if base is None else str(base.absolute())
     adapter = file.absolute()
     # The paths of a Modelfile are of the folder that it lies in, wherever that will be.
@@ -59,6 +74,6 @@ def gguf_commands(base: Path | None, file: Path) -> dict[str, str]:
 
 
 def mlx_command(base: str | None, folder: Path) -> dict[str, str]:
-    """The same for an MLX adapter."""
+    """That for an MLX adapter."""
     words = ["mlx_lm.chat", "--model", base or _UNKNOWN, "--adapter-path", str(folder)]
     return {"MLX": shlex.join(words)}

@@ -11,8 +11,6 @@ from lorameta_rs.cli import console, options
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lorameta_rs.formats.base import Base
-    from lorameta_rs.member import Member
     from lorameta_rs.merge import Options
 
 
@@ -82,6 +80,7 @@ def _one(
     from lorameta_rs.formats.base import Base
     from lorameta_rs.formats.conversion import FILES, write, write_gguf
     from lorameta_rs.formats.opening import open_adapters
+    from lorameta_rs.runtimes import commands
     from lorameta_rs.staging import check, staged
 
     base = Base.known(base_config, path)
@@ -101,20 +100,10 @@ def _one(
                 write(member, stage, to, dtype, base, run, update)
     for member, place in zip(found, outs, strict=True):
         console.say(f"wrote {place}, {console.number(len(member.modules), 'module')}")
-    for runtime, line in _commands(found[0], outs[0], to, base).items():
+    name = found[0].config.base_model_name_or_path
+    gguf = None if base is None else base.gguf
+    for runtime, line in commands(to, name, outs[0], max(found[0].ranks), gguf).items():
         console.say(f"{runtime}: {line}")
-
-
-def _commands(member: Member, out: Path, to: str, base: Base | None) -> dict[str, str]:
-    """How the first adapter that was written is run."""
-    from lorameta_rs.member import GGUF_WEIGHTS
-    from lorameta_rs.runtimes import commands, gguf_commands, mlx_command
-
-    name = member.config.base_model_name_or_path
-    if to == "gguf":
-        file = out / GGUF_WEIGHTS if out.is_dir() else out
-        return gguf_commands(None if base is None else base.gguf, file)
-    return mlx_command(name, out) if to == "mlx" else commands(name, out, max(member.ranks))
 
 
 def _bank(

@@ -89,6 +89,16 @@ _LARGEST_WEIGHTS = 16 << 20
     show_default=True,
     help="The type of the tensors that are written.",
 )
+@click.option(
+    "--format",
+    "formats",
+    type=click.Choice(options.FORMATS),
+    multiple=True,
+    default=options.FORMATS[:1],
+    show_default=True,
+    help="What is written: also several, each of which gets a folder in OUT.",
+)
+@options.base_config
 @options.threads
 @click.option(
     "--memory",
@@ -153,17 +163,20 @@ def merge(
         with console.progress("merging") as update:
             done = merge(opened, jobs, run, update)
     if as_json:
-        console.data(_as_data(opened, jobs, done))
+        console.data(_as_data(opened, jobs, done, run))
     else:
-        _say_done(jobs, done, dry_run)
+        _say_done(opened, jobs, done, run, dry_run)
 
 
 def _options(arguments: dict[str, Any]) -> Options:
+    from lorameta_rs.formats.base import Base
     from lorameta_rs.merge import Options
 
-    names = (*_OF_RESULT[:-1], "threads", "io", "verify", "force")
+    given = arguments["base_config"]
+    base = None if given is None else Base.load(given)
+    names = ("formats", *_OF_RESULT[:-1], "threads", "io", "verify", "force")
     chosen = {name: arguments[name] for name in names}
-    return Options(memory=arguments["memory"] << 20, **chosen)
+    return Options(memory=arguments["memory"] << 20, base=base, **chosen)
 
 
 def _one(outs: Sequence[Path]) -> Path:
@@ -181,7 +194,7 @@ def _compared(
 ) -> tuple[Bank, list[Job]]:
     """A job for each dataset."""
     from lorameta_rs.flow import jobs_for
-    from lorameta_rs.merge import FILES
+    from lorameta_rs.merge import FILES, written_to
     from lorameta_rs.staging import check
 
     if len(outs) == len(datasets):
@@ -190,7 +203,9 @@ def _compared(
         folders = [outs[0] / dataset.name.split(".")[0] for dataset in datasets]
     else:
         raise click.UsageError(f"{len(datasets)} datasets, {len(outs)} -o: give one, or as many")
-    check(folders, FILES, arguments["force"])
+    formats = arguments["formats"]
+    places = [place for folder in folders for place in written_to(folder, formats).values()]
+    check(places, FILES, arguments["force"])
     settings = options.settings_from(arguments)
     opened = options.bank_from(bank, arguments)
     fingerprinted(opened, keep)
@@ -348,7 +363,7 @@ def _say_jobs(jobs: Sequence[Job]) -> None:
             say_relevance(job.ranking)
 
 
-def _say_done(jobs: Sequence[Job], done: Merged, dry_run: bool) -> None:
+def _say_done(bank: Bank, jobs: Sequence[Job], done: Merged, run: Options, dry_run: bool) -> None:
     import numpy as np
 
     used = np.any([np.any(np.atleast_2d(job.coefficients.T), axis=0) for job in jobs], axis=0)
@@ -369,29 +384,36 @@ def _say_done(jobs: Sequence[Job], done: Merged, dry_run: bool) -> None:
     console.say(f"read {read} with {memory}")
     for job, outcome in zip(jobs, done.outcomes, strict=True):
         console.say(f"wrote {job.out}{_rank_of(outcome)}")
-    _say_use([job.out for job in jobs])
+    _say_use(bank, jobs, run)
 
 
-def _say_use(outs: Sequence[Path]) -> None:
-    """Which servers refuse the results or get them wrong, and how to run the first of them."""
+def _say_use(bank: Bank, jobs: Sequence[Job], run: Options) -> None:
+    """Which servers refuse the results or take them otherwise, and how to run the first."""
+    from lorameta_rs.merge import written_to
     from lorameta_rs.runtimes import commands
     from lorameta_rs.servers import breaches
 
-    results = _results(outs)
+    results = _served(jobs, run)
     # Results of one bank mostly break the same rules: each is said once.
     for breach in dict.fromkeys(breach for result in results for breach in breaches(result)):
         console.say(breach)
-    for result in results[:1]:
-        base = result.config.base_model_name_or_path
-        for runtime, line in commands(base, result.folder, max(result.ranks)).items():
+    base = results[0].config.base_model_name_or_path if results else bank.base_model
+    rank = max(results[0].ranks) if results else 0
+    gguf = None if run.base is None else run.base.gguf
+    for to, out in written_to(jobs[0].out, run.formats).items():
+        for runtime, line in commands(to, base, out, rank, gguf).items():
             console.say(f"{runtime}: {line}")
 
 
-def _results(outs: Sequence[Path]) -> list[Member]:
-    """The adapters that were written."""
+def _served(jobs: Sequence[Job], run: Options) -> list[Member]:
+    """The PEFT adapters that were written, which servers may load."""
     from lorameta_rs.member import Member, open_members
+    from lorameta_rs.merge import written_to
 
-    return [one for one in open_members(outs) if isinstance(one, Member)]
+    if "peft" not in run.formats:
+        return []
+    folders = [written_to(job.out, run.formats)["peft"] for job in jobs]
+    return [one for one in open_members(folders) if isinstance(one, Member)]
 
 
 def _rank_of(outcome: Outcome) -> str:
@@ -411,7 +433,7 @@ def _rank_of(outcome: Outcome) -> str:
     )
 
 
-def _as_data(bank: Bank, jobs: Sequence[Job], done: Merged) -> dict[str, Any]:
+def _as_data(bank: Bank, jobs: Sequence[Job], done: Merged, run: Options) -> dict[str, Any]:
     from lorameta_rs.servers import breaches
 
     described = [_described(bank, job) for job in jobs]
@@ -421,8 +443,8 @@ def _as_data(bank: Bank, jobs: Sequence[Job], done: Merged) -> dict[str, Any]:
             {"module": name, "energy": energy, "kept": kept, "exact": exact}
             for name, energy, kept, exact in outcome.kept
         ]
-    written = [job.out for job in jobs] if done.outcomes else []
-    for one, result in zip(described, _results(written), strict=False):
+    served = _served(jobs, run) if done.outcomes else []
+    for one, result in zip(described, served, strict=False):
         one["servers"] = breaches(result)
     plan = {name: getattr(done.plan, name) for name in ("bytes", "memory", "threads")}
     chosen = {"method": done.method, "soup_error": done.soup_error}

@@ -10,6 +10,7 @@ import numpy as np
 from lorameta_rs import _core, files
 from lorameta_rs.config import FILE_NAME, as_json
 from lorameta_rs.errors import InvalidSetting
+from lorameta_rs.formats.base import Base
 from lorameta_rs.formats.mlx import mlx_config
 from lorameta_rs.member import GGUF_WEIGHTS, MLX_WEIGHTS, WEIGHTS
 from lorameta_rs.result import result_config
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from lorameta_rs.formats.base import Base
     from lorameta_rs.member import Member
     from lorameta_rs.merge import Options
 
@@ -112,12 +112,7 @@ def write_gguf(
         InvalidSetting: No base is given, or one that does not fit.
         LoraMetaError: As `write`.
     """
-    if base is None:
-        raise InvalidSetting(
-            f"`{member.folder}`: a GGUF adapter names its base model's architecture, which is not "
-            "known\ngive the base's config.json, its folder or its GGUF file with --base-config, "
-            "or write it into [base] of bank.toml"
-        )
+    base = known_base(base, member.folder)
     alphas = {
         np.float32(scaling * module.rank)
         for module, scaling in zip(member.modules, member.scalings, strict=True)
@@ -161,3 +156,19 @@ def _fits(member: Member, base: Base) -> None:
             f"`{member.folder}`: q has {q} rows and k has {k}, which are no {heads} and {kv_heads} "
             "heads of one size: the base model is another one"
         )
+
+
+def known_base(given: Base | None, folder: Path) -> Base:
+    """The base that is given, or else what an adapter's or a bank's folder says.
+
+    Raises:
+        InvalidSetting: Neither knows it.
+    """
+    base = given or Base.known(None, folder)
+    if base is None:
+        raise InvalidSetting(
+            f"`{folder}`: a GGUF adapter names its base model's architecture, which is not "
+            "known\ngive the base's config.json, its folder or its GGUF file with --base-config, "
+            "or write it into [base] of bank.toml"
+        )
+    return base

@@ -1,0 +1,70 @@
+"""`merge --format`: the same adapter for several runtimes, each folder whole."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+WEIGHTS = "adapter_model.safetensors"
+HALVES = ("a_r8=0.5", "b_r8=0.5")
+
+
+@pytest.fixture
+def merged(lorameta, golden, tmp_path):
+    def run(out, *words, base=True):
+        bank = golden / "peft_combine" / "adapters"
+        options = [word for half in HALVES for word in ("--weights", half)]
+        if base:
+            options += ["--base-config", golden / "peft_combine" / "base"]
+        given = ["--method", "soup", "--base-model", "any", *words]
+        return lorameta("merge", bank, "-o", tmp_path / out, *options, *given)
+
+    return run
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def test_each_format_gets_a_folder(merged, lorameta, tmp_path):
+    every = [word for to in ("gguf", "mlx", "peft") for word in ("--format", to)]
+    status, said, err = merged("all", *every)
+    assert status == 0, err
+    assert merged("alone")[0] == 0
+    kept = {"README.md", "lorameta.json"}
+    assert names(tmp_path / "all") == {"gguf", "mlx", "peft"}
+    peft = {"adapter_config.json", WEIGHTS}
+    assert names(tmp_path / "all" / "peft") == kept | peft
+    assert names(tmp_path / "all" / "gguf") == kept | {"adapter.gguf"}
+    assert names(tmp_path / "all" / "mlx") == kept | {"adapter_config.json", "adapters.safetensors"}
+    wanted = load_file(tmp_path / "alone" / WEIGHTS)
+    for to in ("gguf", "mlx"):
+        back = tmp_path / f"back-{to}"
+        assert lorameta("convert", tmp_path / "all" / to, "-o", back, "--to", "peft")[0] == 0
+        for name, tensor in load_file(back / WEIGHTS).items():
+            np.testing.assert_array_equal(tensor, wanted[name], err_msg=f"{to} {name}")
+    for runtime in ("transformers", "vLLM", "llama.cpp", "Ollama", "MLX"):
+        assert f"{runtime}: " in said + err
+
+
+@pytest.mark.parametrize(
+    ("to", "has", "command"),
+    [("gguf", "adapter.gguf", "llama-cli"), ("mlx", "adapters.safetensors", "mlx_lm.chat")],
+)
+def test_one_format_is_the_folder(merged, tmp_path, to, has, command):
+    assert merged("one", "--format", to)[0] == 0
+    assert has in names(tmp_path / "one")
+    assert WEIGHTS not in names(tmp_path / "one")
+    card = (tmp_path / "one" / "README.md").read_text()
+    assert command in card
+    assert "PeftModel" not in card
+    assert merged("one", "--format", to)[0] != 0
+    assert merged("one", "--format", to, "--force")[0] == 0
+
+
+def test_gguf_without_a_base_writes_nothing(merged, tmp_path):
+    status, _, err = merged("none", "--format", "peft", "--format", "gguf", base=False)
+    assert status == 1
+    assert "--base-config" in err
+    assert not (tmp_path / "none").exists()
