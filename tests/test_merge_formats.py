@@ -59,12 +59,14 @@ def test_one_format_is_the_folder(merged, tmp_path, to, has, command):
     card = (tmp_path / "one" / "README.md").read_text()
     assert command in card
     assert "PeftModel" not in card
+    assert str(tmp_path) not in card.split("## Use")[1]  # it holds wherever the folder is moved
     assert merged("one", "--format", to)[0] != 0
     assert merged("one", "--format", to, "--force")[0] == 0
 
 
-def test_gguf_without_a_base_writes_nothing(merged, tmp_path):
-    status, _, err = merged("none", "--format", "peft", "--format", "gguf", base=False)
+@pytest.mark.parametrize("how", [[], ["--dry-run"]])
+def test_gguf_without_a_base_writes_nothing(merged, tmp_path, how):
+    status, _, err = merged("none", "--format", "peft", "--format", "gguf", *how, base=False)
     assert status == 1
     assert "--base-config" in err
     assert not (tmp_path / "none").exists()

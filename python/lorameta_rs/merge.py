@@ -182,6 +182,8 @@ def plan(bank: Bank, jobs: Sequence[Job], options: Options | None = None) -> Mer
     options = options or Options()
     sums = Sums.of(bank, jobs, options)
     result_config(bank.base_model, sums.members, sums.rank or 1, 1.0)
+    if "gguf" in options.formats:
+        known_base(options.base, bank.folder)
     run = replace(options, method=sums.method, normalize=sums.normalize)
     planned = _core.plan(sums.adapters, sums.coefficients, sums.strengths, run)
     return Merged(planned, sums.method, sums.soup_error, [])

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import shlex
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from lorameta_rs.member import GGUF_WEIGHTS
 from lorameta_rs.servers import VLLM_RANK, vllm_rank
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 # What stands where the base model is not known.
 _UNKNOWN = "BASE"
@@ -63,14 +60,18 @@ def commands(
 
 def gguf_commands(base: Path | None, file: Path) -> dict[str, str]:
     """Those for a GGUF adapter; `base` is its base model as GGUF."""
-    model = f"./{_UNKNOWN}.gguf" if base is None else str(base.absolute())
-    adapter = file.absolute()
-    # The paths of a Modelfile are of the folder that it lies in, wherever that will be.
+    model, adapter = _of_modelfile(base or Path(f"{_UNKNOWN}.gguf")), _of_modelfile(file)
     modelfile = shlex.join(["printf", "%s\\n", f"FROM {model}", f"ADAPTER {adapter}"])
+    name = file.absolute().parent.name if file.name == GGUF_WEIGHTS else file.stem
     return {
         "llama.cpp": shlex.join(["llama-cli", "-m", model, "--lora", str(file)]),
-        "Ollama": f"{modelfile} > Modelfile && {shlex.join(['ollama', 'create', adapter.stem])}",
+        "Ollama": f"{modelfile} > Modelfile && {shlex.join(['ollama', 'create', name])}",
     }
+
+
+def _of_modelfile(path: Path) -> str:
+    """A path as a Modelfile beside it has it: one without `/` may be the name of a model."""
+    return str(path) if path.is_absolute() else f"./{path}"
 
 
 def mlx_command(base: str | None, folder: Path) -> dict[str, str]:
