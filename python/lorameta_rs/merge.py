@@ -46,7 +46,10 @@ the sum to the weighted mean of the norms."""
 
 DTYPES = ("float32", "float16", "bfloat16")
 CARD = "README.md"
-FILES = (PROVENANCE, WEIGHTS, FILE_NAME, CARD, GGUF_WEIGHTS, MLX_WEIGHTS)
+FILES = (PROVENANCE, WEIGHTS, FILE_NAME, CARD)
+"""What a folder of PEFT has after a merge."""
+OWNED = (*FILES, GGUF_WEIGHTS, MLX_WEIGHTS)
+"""What a merge may have written into a folder that it may replace."""
 
 MEMORY = 64 << 20
 
@@ -227,7 +230,7 @@ def merge(
         run = replace(run, base=known_base(run.base, bank.folder))
     places = [written_to(job.out, run.formats) for job in jobs]
     outs = [place for folders in places for place in folders.values()]
-    with staged(outs, FILES, options.force) as stages:
+    with staged(outs, OWNED, options.force) as stages:
         try:
             left = iter(stages)
             stages_of = [{to: next(left) for to in folders} for folders in places]

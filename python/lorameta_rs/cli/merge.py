@@ -194,7 +194,7 @@ def _compared(
 ) -> tuple[Bank, list[Job]]:
     """A job for each dataset."""
     from lorameta_rs.flow import jobs_for
-    from lorameta_rs.merge import FILES, written_to
+    from lorameta_rs.merge import OWNED, written_to
     from lorameta_rs.staging import check
 
     if len(outs) == len(datasets):
@@ -205,7 +205,7 @@ def _compared(
         raise click.UsageError(f"{len(datasets)} datasets, {len(outs)} -o: give one, or as many")
     formats = arguments["formats"]
     places = [place for folder in folders for place in written_to(folder, formats).values()]
-    check(places, FILES, arguments["force"])
+    check(places, OWNED, arguments["force"])
     settings = options.settings_from(arguments)
     opened = options.bank_from(bank, arguments)
     fingerprinted(opened, keep)
