@@ -87,7 +87,7 @@ def test_what_cannot_be_is_said(llama, gguf, golden, tmp_path):
 
 def test_it_is_gone_after_the_block(gguf, capfd):
     with Llama(gguf / "base.gguf", context=64, slots=1) as llama:
-        address = llama._server.listening_address
+        address = llama._address
         assert address.startswith("http://127.0.0.1:")
         assert llama.answers([[1, 5]], most_tokens=2)
     with pytest.raises(urllib.error.URLError):

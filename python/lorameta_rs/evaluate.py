@@ -124,7 +124,7 @@ def evaluate(
         folder: Where adapters are put that have to be converted.
         cache: Where answers are kept, by what they depend on; None to keep none.
         most_tokens: The longest answer.
-        threads: Of the model; 0 for one a core.
+        threads: Of the model; 0 as `Llama`.
         progress: Told how many answers there are, of how many.
 
     Returns:

@@ -3,25 +3,29 @@
 It comes from the package `xllamacpp` (extra `llama`), which holds llama.cpp itself. Adapters are
 loaded once; every request says how strongly each of them acts, so that a mixture needs no merging:
 scales add up what adapters do.
+
+It runs in a process of its own: within ours its end could wait for ever, and an assertion that
+fails in it would end us. That process ends when its standard input does, however this one ended.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Self
 
 from lorameta_rs import _core
 from lorameta_rs.errors import InvalidSetting, MissingExtra, MissingFile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
     Prompt = str | list[int]
@@ -51,14 +55,16 @@ class Llama:
             adapters: GGUF files of adapters for it.
             context: Tokens that a prompt and its answer may have together.
             slots: Requests that are worked on side by side.
-            threads: Of the computation; 0 for one a core.
+            threads: Of the computation; 0 for half as many as the machine says it has cores: they
+                wait for each other by spinning, and stall where one has no core of its own.
         """
         self.base = base
         self.adapters = list(adapters)
         self.context = context
         self.slots = slots
-        self.threads = threads or os.cpu_count() or 1
-        self._server: Any = None
+        self.threads = threads or max(1, (os.cpu_count() or 1) // 2)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._address = ""
 
     def __enter__(self) -> Self:
         """Load the model and the adapters.
@@ -69,43 +75,48 @@ class Llama:
             InvalidAdapter: The base is no GGUF file.
             InvalidSetting: llama.cpp refuses the model or an adapter; the message has its words.
         """
-        try:
-            import xllamacpp
-        except ImportError as error:
+        if find_spec("xllamacpp") is None:
             what = "running a model needs llama.cpp: pip install 'lorameta-rs[llama]'"
-            raise MissingExtra(what) from error
+            raise MissingExtra(what)
         for path in (self.base, *self.adapters):
             if not path.is_file():
                 raise MissingFile(2, "no such file", str(path))
         _core.gguf_metadata(os.fspath(self.base))
-        parameters = xllamacpp.CommonParams()
-        parameters.model.path = os.fspath(self.base)
-        parameters.lora_adapters = [
-            xllamacpp.CommonAdapterLoraInfo(os.fspath(path), 0.0) for path in self.adapters
-        ]
-        parameters.n_ctx = self.context * self.slots
-        parameters.n_parallel = self.slots
-        parameters.cpuparams.n_threads = self.threads
-        parameters.n_gpu_layers = 0
-        parameters.warmup = False
-        parameters.verbosity = _ERRORS
-        # Its cache of earlier prompts does not ask which adapters were on when it computed them.
-        parameters.cache_ram_mib = 0
-        # In 16 bits, as is usual, a cache changes log-probabilities by 1e-3.
-        parameters.cache_type_k = xllamacpp.ggml_type.GGML_TYPE_F32
-        parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        with _overheard() as words:
-            try:
-                self._server = xllamacpp.Server(parameters)
-            except RuntimeError as error:
+        settings = {
+            "base": os.fspath(self.base),
+            "adapters": [os.fspath(path) for path in self.adapters],
+            "context": self.context * self.slots,
+            "slots": self.slots,
+            "threads": self.threads,
+        }
+        with tempfile.TemporaryFile() as chatter:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "lorameta_rs.llama", json.dumps(settings)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=chatter,
+                start_new_session=True,  # Ctrl-C is for us, who then end it
+            )
+            assert self._process.stdout is not None
+            self._address = self._process.stdout.readline().decode().strip()
+            if not self._address:
+                chatter.seek(0)
+                said = chatter.read().decode(errors="replace")
+                self.__exit__()
                 names = ", ".join(f"`{path}`" for path in (self.base, *self.adapters))
-                raise InvalidSetting(f"llama.cpp does not load {names}: {words()}") from error
+                raise InvalidSetting(f"llama.cpp does not load {names}: {_reason(said)}")
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop the server and give back its memory."""
-        self._server = None
+        """End the server, whatever it is doing."""
+        process = self._process
+        if process is not None:
+            process.kill()
+            process.wait()
+            for stream in (process.stdin, process.stdout):
+                if stream is not None:
+                    stream.close()
+        self._process = None
 
     def tokens(self, text: str) -> list[int]:
         """The ids of a text by the model's own tokenizer, with its special tokens."""
@@ -221,7 +232,7 @@ class Llama:
     def _post(self, path: str, body: dict[str, Any]) -> Any:
         """What the server answers; it listens on this machine alone."""
         request = urllib.request.Request(
-            f"{self._server.listening_address}/{path}",
+            f"{self._address}/{path}",
             json.dumps(body).encode(),
             {"Content-Type": "application/json"},
         )
@@ -236,26 +247,39 @@ class Llama:
             raise InvalidSetting(f"`{self.base}`: llama.cpp says: {said}") from None
 
 
-@contextmanager
-def _overheard() -> Iterator[Callable[[], str]]:
-    """Keep what llama.cpp writes on stderr from the terminal; the last errors can be asked for."""
-    sys.stderr.flush()
-    try:
-        kept = os.dup(2)
-    except OSError:  # there is none
-        yield lambda: "it says nothing"
-        return
-    with tempfile.TemporaryFile() as file:
-        os.dup2(file.fileno(), 2)
-        try:
+def _reason(chatter: str) -> str:
+    """The first things that llama.cpp calls errors, or else the last that it said."""
+    errors = [line.partition(" E ")[2].strip() for line in chatter.splitlines() if " E " in line]
+    return "; ".join(errors[:2]) or chatter.strip().rpartition("\n")[2] or "it says nothing"
 
-            def words() -> str:
-                file.seek(0)
-                lines = file.read().decode(errors="replace").splitlines()
-                errors = [line.partition(" E ")[2].strip() for line in lines if " E " in line]
-                return "; ".join(errors[:2]) or "it says nothing"
 
-            yield words
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+def _serve(settings: dict[str, Any]) -> None:
+    """Serve until standard input ends: what the process does that a `Llama` starts."""
+    import xllamacpp
+
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = settings["base"]
+    parameters.lora_adapters = [
+        xllamacpp.CommonAdapterLoraInfo(path, 0.0) for path in settings["adapters"]
+    ]
+    parameters.n_ctx = settings["context"]
+    parameters.n_parallel = settings["slots"]
+    parameters.cpuparams.n_threads = settings["threads"]
+    parameters.cpuparams_batch.n_threads = settings["threads"]
+    parameters.n_gpu_layers = 0
+    parameters.warmup = False
+    parameters.verbosity = _ERRORS
+    # Its cache of earlier prompts does not ask which adapters were on when it computed them.
+    parameters.cache_ram_mib = 0
+    # In 16 bits, as is usual, a cache changes log-probabilities by 1e-3.
+    parameters.cache_type_k = xllamacpp.ggml_type.GGML_TYPE_F32
+    parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    server = xllamacpp.Server(parameters)
+    print(server.listening_address, flush=True)
+    sys.stdin.read()
+    os._exit(0)  # the server would first finish what it was asked for
+
+
+if __name__ == "__main__":
+    _serve(json.loads(sys.argv[1]))
