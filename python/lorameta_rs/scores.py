@@ -60,7 +60,7 @@ def scores(references: Sequence[str], answers: Sequence[str]) -> Floats:
 def normal(text: str) -> str:
     r"""A text with single blanks, and none around punctuation.
 
-    >>> normal(" 3 . 5  is\\nright !")
+    >>> normal(" 3 . 5  is\nright !")
     '3.5 is right!'
     """
     return _PUNCTUATION.sub(r"\1", " ".join(text.split()))
