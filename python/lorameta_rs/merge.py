@@ -71,6 +71,8 @@ class Job:
     modules: tuple[str, ...] = ()
     """Regular expressions over module names, of which the first that matches counts, as in PEFT's
     `rank_pattern`; or numbers of layers. A module that none matches gets nothing."""
+    refined: Mapping[str, object] | None = None
+    """How `refine` came to the coefficients, for the record."""
 
 
 @dataclass(frozen=True)

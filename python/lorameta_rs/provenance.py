@@ -190,6 +190,8 @@ def provenance(
         settings["base"] = base.table
     if job.modules:
         settings["modules"] = list(job.modules)
+    if job.refined is not None:
+        settings["refined"] = dict(job.refined)
     if isinstance(job, RepeatedJob):
         return _again(job.record, settings, bank, hashes)
     target = None

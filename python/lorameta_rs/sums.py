@@ -76,7 +76,7 @@ class Sums:
         method, error = _method(members, coefficients, scalings, options)
         rank = _common_rank(members)
         if normalize == "unit":
-            coefficients = _unit(coefficients, delta_norms(members, Index.of(bank)))
+            coefficients = unit_coefficients(coefficients, delta_norms(members, Index.of(bank)))
         if method != "soup":
             return cls(members, coefficients, scalings, method, normalize, error, rank, None)
         alpha, strengths = common_scaling(members, _one_rank(members))
@@ -133,7 +133,7 @@ def _method(
     return ("svd" if error > LARGEST_SOUP_ERROR else "soup"), error
 
 
-def _unit(
+def unit_coefficients(
     coefficients: list[list[list[float]]], norms: Sequence[dict[str, float]]
 ) -> list[list[list[float]]]:
     """Coefficients that give each ΔW norm one, and each sum the weighted mean of the norms.

@@ -49,6 +49,33 @@ _LARGEST_WEIGHTS = 16 << 20
 )
 @click.option("--repeat", type=options.PATH, help="Do again what this lorameta.json records.")
 @options.settings
+@click.option(
+    "--refine",
+    type=options.PATH,
+    metavar="BASE.gguf",
+    help="Look for better coefficients by what this base says to rows of DATASET (extra `llama`).",
+)
+@click.option(
+    "--rows",
+    type=click.IntRange(4),
+    default=32,
+    show_default=True,
+    help="Of DATASET, for --refine; as many more are held out to judge by.",
+)
+@click.option(
+    "--budget",
+    type=click.IntRange(10),
+    default=70,
+    show_default=True,
+    help="Evaluations of these rows, for --refine.",
+)
+@click.option(
+    "--candidates",
+    type=click.IntRange(1, 64),
+    default=8,
+    show_default=True,
+    help="Nearest members that --refine mixes with the merge.",
+)
 @options.columns("each DATASET")
 @options.bank
 @click.option(
@@ -144,17 +171,21 @@ def merge(
         raise click.UsageError("give one of: a DATASET, --weights, --repeat")
     arguments = options.as_paper(context, arguments)
     if repeat is not None:
-        options.refuse(context, (*options.SETTINGS, "paper", "columns", *_OF_RESULT), "--repeat")
+        options.refuse(
+            context, (*options.SETTINGS, "paper", "refine", "columns", *_OF_RESULT), "--repeat"
+        )
         opened, jobs, run = _repeated(repeat, bank, _one(outs), arguments)
     elif bank is None:
         raise click.UsageError("Missing argument 'BANK'.")
     else:
         run = _options(arguments)
         if weights:
-            options.refuse(context, (*options.SETTINGS, "columns"), "--weights")
+            options.refuse(context, (*options.SETTINGS, "columns", "refine"), "--weights")
             opened, jobs = _weighted(bank, weights, _one(outs), arguments)
         else:
             opened, jobs = _compared(bank, datasets, outs, arguments, keep=not dry_run)
+            if arguments["refine"] is not None and not dry_run:
+                jobs, run = _refined(opened, jobs, run, arguments)
     if not as_json:
         _say_jobs(jobs)
     if dry_run:
@@ -213,6 +244,42 @@ def _compared(
         jobs = jobs_for(opened, datasets, folders, settings, arguments["columns"], update)
     opened.forget_fingerprints()
     return opened, jobs
+
+
+def _refined(
+    bank: Bank, jobs: Sequence[Job], run: Options, arguments: dict[str, Any]
+) -> tuple[list[Job], Options]:
+    """The jobs with the coefficients that the base model's answers speak for."""
+    import tempfile
+    from dataclasses import replace
+
+    from lorameta_rs.refine import Refining, refine
+
+    how = Refining(
+        arguments["refine"],
+        rows=arguments["rows"],
+        candidates=arguments["candidates"],
+        budget=arguments["budget"],
+        seed=arguments["seed"],
+        threads=arguments["threads"],
+    )
+    refined = []
+    for job in jobs:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            console.progress(f"refining, at most {how.budget + 2} evaluations") as update,
+        ):
+            found = refine(bank, job, run, how, Path(folder), update)
+        refined.append(found.job)
+        mixed = sorted(zip(found.names, found.weights, strict=True), key=lambda one: -abs(one[1]))
+        parts = ", ".join(f"{weight:.2f} {name}" for name, weight in mixed if abs(weight) >= 0.005)
+        console.say(
+            f"refined by {found.evaluations} evaluations: the loss of answers that were held out "
+            f"is {found.after:.3f}, and {found.before:.3f} before"
+            + (f"; {parts}" if found.kept else ": kept as it was")
+        )
+    # The coefficients that were found hold all that is to be done with norms.
+    return refined, replace(run, method="svd", normalize="none")
 
 
 def _weighted(

@@ -1,0 +1,122 @@
+"""`merge --refine` on a base of two layers, in the real llama.cpp."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tokenizers
+from safetensors.numpy import load_file
+from tokenizers import models, pre_tokenizers, processors
+
+from lorameta_rs.errors import InvalidDataset
+from lorameta_rs.refine import Refining, chosen_rows
+
+pytest.importorskip("xllamacpp", reason="llama.cpp has no wheel for this platform")
+
+
+@pytest.fixture
+def base(golden):
+    return golden / "interop" / "gguf" / "base.gguf"
+
+
+def rows_of(shift, count=40):
+    rows = [
+        {"input": f"w{i} w{i + shift} w17", "output": f" w{i + shift}"} for i in range(5, 5 + count)
+    ]
+    return "\n".join(map(json.dumps, rows))
+
+
+@pytest.fixture
+def bank(golden, tmp_path):
+    """Three members of different ranks, and a word for each of the base's 64 ids."""
+    folder = tmp_path / "bank"
+    for shift, name in enumerate(("a_r8", "b_r8", "e_r16"), 1):
+        shutil.copytree(golden / "peft_combine" / "adapters" / name, folder / name)
+        (folder / name / "train.jsonl").write_text(rows_of(shift, 20))
+    words = {"<s>": 1} | {f"w{i}": i for i in range(64) if i != 1}
+    model = tokenizers.Tokenizer(models.WordLevel(words, unk_token="w0"))
+    model.pre_tokenizer = pre_tokenizers.Whitespace()
+    model.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    model.save(str(folder / "tokenizer.json"))
+    (tmp_path / "new.jsonl").write_text(rows_of(4))
+    return folder
+
+
+def test_the_mixture_that_is_found_is_what_is_merged(lorameta, bank, base, tmp_path):
+    command = ["merge", bank, tmp_path / "new.jsonl", "--rows", "8", "--budget", "30"]
+    status, _, err = lorameta(*command, "-o", tmp_path / "out", "--refine", base)
+    assert status == 0, err
+    assert "refined by" in err
+    record = json.loads((tmp_path / "out" / "lorameta.json").read_text())
+    refined = record["settings"]["refined"]
+    assert next(iter(refined["weights"])) == "(merge)"
+    assert set(refined["weights"]) == {"(merge)", "a_r8", "b_r8", "e_r16"}
+    assert refined["after"] <= refined["before"]
+    # Refined or not, every module is Σ weight · candidate: here with all of them written out.
+    plain = tmp_path / "plain"
+    assert lorameta(*command[:3], "-o", plain, "--rank", "32")[0] == 0
+    status, _, err = lorameta(
+        *command, "-o", tmp_path / "full", "--refine", base, "--rank", "32", "--force"
+    )
+    assert status == 0, err
+    # llama.cpp's sums depend on which requests it works on together: each run has its own record.
+    text = (tmp_path / "full" / "lorameta.json").read_text()
+    refined = json.loads(text)["settings"]["refined"]
+    found = deltas(tmp_path / "full")
+    wanted = {name: refined["weights"]["(merge)"] * delta for name, delta in deltas(plain).items()}
+    for member in ("a_r8", "b_r8", "e_r16"):
+        for name, delta in deltas(bank / member).items():
+            wanted[name] = wanted[name] + refined["weights"][member] * delta
+    for name, delta in wanted.items():
+        np.testing.assert_allclose(found[name], delta, atol=2e-5 * np.abs(delta).max())
+    again = tmp_path / "again"
+    assert lorameta("merge", "--repeat", tmp_path / "out" / "lorameta.json", "-o", again)[0] == 0
+    weights = "adapter_model.safetensors"
+    assert (again / weights).read_bytes() == (tmp_path / "out" / weights).read_bytes()
+
+
+def deltas(folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    scaling = config["lora_alpha"] / config["r"]
+    stems = {name.rsplit(".", 2)[0] for name in tensors}
+    return {
+        stem: scaling
+        * tensors[f"{stem}.lora_B.weight"].astype(np.float64)
+        @ tensors[f"{stem}.lora_A.weight"]
+        for stem in stems
+    }
+
+
+def test_rows_are_drawn_apart_with_the_seed(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text(rows_of(1, 500))
+    how = Refining(tmp_path, rows=16)
+    chosen, held = chosen_rows(path, None, how)
+    assert (len(chosen), len(held), len({*chosen, *held})) == (16, 16, 32)
+    assert chosen_rows(path, None, how) == (chosen, held)
+    assert chosen_rows(path, None, Refining(tmp_path, rows=16, seed=1)) != (chosen, held)
+    path.write_text(rows_of(1, 9))
+    chosen, held = chosen_rows(path, None, how)
+    assert (len(chosen), len(held)) == (4, 5)
+
+
+def test_what_cannot_be_refined_is_said(lorameta, bank, base, tmp_path):
+    (tmp_path / "plain.txt").write_text("\n".join(f"w{i}" for i in range(20)))
+    command = ["merge", bank, tmp_path / "plain.txt", "-o", tmp_path / "out", "--refine", base]
+    status, _, err = lorameta(*command)
+    assert (status, "0 rows tell an answer" in err) == (1, True)
+    with pytest.raises(InvalidDataset):
+        chosen_rows(tmp_path / "plain.txt", None, Refining(base))
+    command[2] = tmp_path / "new.jsonl"
+    status, _, err = lorameta(*command, "--method", "soup")
+    assert (status, "which `soup` does not sum" in err) == (1, True)
+    status, _, err = lorameta(*command[:-1], tmp_path / "none.gguf")
+    assert (status, "none.gguf" in err) == (1, True)
+    assert lorameta("merge", bank, "--weights", "a_r8=1", *command[3:])[0] == 2
+    assert not (tmp_path / "out").exists()
