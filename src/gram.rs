@@ -1,11 +1,15 @@
 //! Inner products of adapters, from small Gram matrices: ΔW is never formed.
 
+mod deltas;
+mod matrix;
+mod parameters;
 mod soup_error;
 
 use std::sync::Mutex;
 
 use faer::{Mat, MatMut, MatRef, Par};
 
+pub use matrix::{Gram, Space};
 pub use soup_error::soup_errors;
 
 use crate::{

@@ -19,6 +19,7 @@ use crate::{
     Plan, Rank, Result, Rule, Soup, Sparse, Sparsity, Svd, Terms, Watch,
     adapter::Adapter,
     gguf::{Metadata, Value, names},
+    gram::{Gram, Space},
     layout::{Factor, Kind, Layout},
     merge::ITERATIONS,
 };
@@ -34,7 +35,7 @@ mod _core {
     #[pymodule_export]
     use super::{
         Outcome, PyAdapter, PyLayout, PyModule, PyPlan, combine, convert, cosines, file_tensors,
-        first_match, gguf_metadata, gguf_permutes, gguf_tensor_name, norms, open_adapters,
+        first_match, gguf_metadata, gguf_permutes, gguf_tensor_name, gram, norms, open_adapters,
         peft_module_name, plan, scan, soup_errors,
     };
 }
@@ -492,6 +493,34 @@ fn norms(
     let total = adapters.iter().map(|adapter| adapter.stamp().size).sum();
     interruptible(py, total, progress, |watch| {
         crate::gram::norms(&adapters, &settings.options()?, watch)
+    })
+}
+
+/// In parameter space, or in that of ΔW where there are strengths; of all modules together, or of
+/// each alone.
+#[pyfunction]
+#[pyo3(signature = (adapters, strengths, of_modules, settings, progress=None))]
+fn gram(
+    py: Python<'_>,
+    adapters: Vec<Py<PyAdapter>>,
+    strengths: Option<Vec<Vec<f64>>>,
+    of_modules: bool,
+    settings: Settings,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<Vec<(Option<String>, Vec<Vec<f64>>)>> {
+    let adapters = unwrap(adapters);
+    let space = strengths.as_deref().map_or(Space::Parameters, Space::Deltas);
+    let gram = settings.options().and_then(|options| Gram::new(&adapters, space, options));
+    let gram = gram.map_err(|error| to_python(py, error))?;
+    let rows = |matrix: faer::Mat<f64>| {
+        matrix.row_iter().map(|row| row.iter().copied().collect()).collect()
+    };
+    interruptible(py, gram.plan().bytes, progress, |watch| {
+        if !of_modules {
+            return Ok(vec![(None, rows(gram.sum(watch)?))]);
+        }
+        let names = gram.modules().into_iter().map(|name| Some(name.to_owned()));
+        Ok(names.zip(gram.of_modules(watch)?.into_iter().map(rows)).collect())
     })
 }
 

@@ -140,4 +140,11 @@ def norms(
     settings: Options,
     progress: Callable[[int, int], object] | None = None,
 ) -> list[list[float]]: ...
+def gram(
+    adapters: Sequence[Adapter],
+    strengths: Sequence[Sequence[float]] | None,
+    of_modules: bool,
+    settings: Options,
+    progress: Callable[[int, int], object] | None = None,
+) -> list[tuple[str | None, list[list[float]]]]: ...
 def cosines(adapters: Sequence[Adapter], module: str, settings: Options) -> list[list[float]]: ...
