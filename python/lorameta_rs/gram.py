@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from lorameta_rs.bank import Bank
 
 SPACES = ("delta", "parameters")
-"""`delta`: of ΔW = s B A. `parameters`: of all numbers of A and B side by side, as the paper has it;
-there a smaller rank counts as one that is padded with zeros."""
+"""`delta`: of ΔW = s B A. `parameters`: of all numbers of A and B side by side, as the paper has
+it; there a smaller rank counts as one that is padded with zeros."""
 
 
 def gram_matrix(
