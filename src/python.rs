@@ -496,6 +496,9 @@ fn norms(
     })
 }
 
+/// A matrix, row by row.
+type Rows = Vec<Vec<f64>>;
+
 /// In parameter space, or in that of ΔW where there are strengths; of all modules together, or of
 /// each alone.
 #[pyfunction]
@@ -507,7 +510,7 @@ fn gram(
     of_modules: bool,
     settings: Settings,
     progress: Option<Py<PyAny>>,
-) -> PyResult<Vec<(Option<String>, Vec<Vec<f64>>)>> {
+) -> PyResult<Vec<(Option<String>, Rows)>> {
     let adapters = unwrap(adapters);
     let space = strengths.as_deref().map_or(Space::Parameters, Space::Deltas);
     let gram = settings.options().and_then(|options| Gram::new(&adapters, space, options));

@@ -92,6 +92,25 @@ def test_progress_ends_where_it_said(wide):
     assert told[-1][0] == told[-1][1] > 0
 
 
+def test_it_stops_when_asked(wide):
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        gram_matrix(Bank(wide.folder), progress=stop)
+
+
+@pytest.mark.parametrize("space", ["delta", "parameters"])
+def test_what_is_not_finite_is_named(make_bank, space):
+    written = make_bank({"good": {}, "bad": {}})
+    path = written.folder / "bad" / "adapter_model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-4:] = np.float32(np.nan).tobytes()
+    path.write_bytes(data)
+    with pytest.raises(NotFinite, match=r"bad.*lora_[AB]"):
+        gram_matrix(Bank(written.folder), space)
+
+
 def test_what_cannot_be_is_refused(real, make_bank):
     bank = Bank(real.folder)
     with pytest.raises(InvalidSetting, match=r"space `cosine`: expected one of delta, parameters"):

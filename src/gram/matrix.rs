@@ -193,3 +193,60 @@ impl<T> InOrder<T> {
         self.value.into_inner().unwrap_or_else(PoisonError::into_inner).1
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gram::tests::{matrix, open, specs};
+
+    #[test]
+    fn entries_are_inner_products_in_both_spaces_and_of_each_module() {
+        let specs = specs();
+        let (_folder, adapters) = open(&specs);
+        let strengths = vec![vec![2.0, 1.0], vec![-1.0, 0.5], vec![3.0, 1.0]];
+        let dot = |x: &Mat<f64>, y: &Mat<f64>| (x.transpose() * y).diagonal().column_vector().sum();
+        for space in [Space::Parameters, Space::Deltas(&strengths)] {
+            let gram = Gram::new(&adapters, space, Options::default()).unwrap();
+            let watch = Watch::default();
+            let found = gram.of_modules(&watch).unwrap();
+            assert_eq!(watch.done(), gram.plan().bytes);
+            for (module, found) in found.iter().enumerate() {
+                let wanted = Mat::from_fn(3, 3, |i, j| {
+                    let [a, b, c, d] = [(i, 0), (j, 0), (i, 1), (j, 1)]
+                        .map(|(one, factor)| matrix(&specs[one], 2 * module + factor));
+                    match space {
+                        Space::Parameters => dot(&a, &b) + dot(&c, &d),
+                        Space::Deltas(s) => s[i][module] * s[j][module] * dot(&(c * a), &(d * b)),
+                    }
+                });
+                assert!((found - &wanted).norm_max() <= 1e-6 * wanted.norm_max());
+            }
+            let sum = gram.sum(&Watch::default()).unwrap();
+            assert!((&found[0] + &found[1] - &sum).norm_max() <= 1e-12 * sum.norm_max());
+        }
+    }
+
+    #[test]
+    fn the_plan_keeps_to_the_budget() {
+        let (_folder, adapters) = open(&specs());
+        let strengths = vec![vec![1.0; 2]; 3];
+        for space in [Space::Parameters, Space::Deltas(&strengths)] {
+            let options = Options { memory: 1 << 20, ..Options::default() };
+            let memory = options.memory;
+            assert!(Gram::new(&adapters, space, options).unwrap().plan().memory <= memory);
+        }
+    }
+
+    #[test]
+    fn it_stops_where_it_is_told_to_and_refuses_strengths_that_do_not_fit() {
+        let (_folder, adapters) = open(&specs());
+        let gram = Gram::new(&adapters, Space::Parameters, Options::default()).unwrap();
+        let watch = Watch::default();
+        watch.stop();
+        assert!(matches!(gram.sum(&watch), Err(Error::Stopped)));
+        for strengths in [vec![vec![1.0; 2]; 2], vec![vec![1.0]; 3], vec![vec![f64::NAN; 2]; 3]] {
+            let found = Gram::new(&adapters, Space::Deltas(&strengths), Options::default());
+            assert!(matches!(found.err(), Some(Error::Setting(_))));
+        }
+    }
+}
