@@ -72,7 +72,13 @@ impl Tensor {
                 let end = range.end.next_multiple_of(head).min(self.len());
                 range.start - range.start % head..end
             }
-            Order::Columns => 0..self.len(),
+            Order::Columns => {
+                // What lies within one row is spread over some of the file's rows, not all.
+                let (first, row) = (range.start % self.row(), self.row());
+                let columns =
+                    if first + range.len() <= row { first..first + range.len() } else { 0..row };
+                columns.start * self.shape[0]..columns.end * self.shape[0]
+            }
         };
         let at = |element: usize| self.bytes.start + self.dtype.size(element) as u64;
         at(within.start)..at(within.end)
@@ -161,11 +167,10 @@ impl Tensor {
             }
             return;
         }
-        for (column, value) in values.iter().enumerate() {
-            let own = column * row + index;
-            if range.contains(&own) {
-                numbers[own - range.start] = *value;
-            }
+        // The file's row is the column `index`: some of its numbers are in the range, one a row.
+        let rows_before = |end: usize| end.saturating_sub(index).div_ceil(row);
+        for at in rows_before(range.start)..rows_before(range.end) {
+            numbers[at * row + index - range.start] = values[at];
         }
     }
 
@@ -195,4 +200,71 @@ fn fetch<'a>(
         buffer.resize(length, 0);
     }
     source.bytes(range, buffer)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{Io, writer::narrow};
+
+    /// Where in the file the number in this place of the matrix is.
+    fn place(order: Order, [rows, columns]: [usize; 2], row: usize, column: usize) -> usize {
+        match order {
+            Order::Rows => row * columns + column,
+            Order::Columns => column * rows + row,
+            Order::Heads(of) => {
+                let (half, within) = (row % of / (of / 2), row % (of / 2));
+                (row / of * of + 2 * within + half) * columns + column
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_range_is_read_in_the_order_that_peft_has(
+            order in prop_oneof![
+                Just(Order::Rows), Just(Order::Columns), (1usize..5).prop_map(|n| Order::Heads(2 * n)),
+            ],
+            dtype in prop_oneof![Just(Dtype::F32), Just(Dtype::BF16), Just(Dtype::Q8_0)],
+            [heads, columns] in [1usize..4, 1usize..80],
+            many in prop::bool::ANY,
+            cut: [prop::sample::Index; 2],
+            io in prop_oneof![Just(Io::Read), Just(Io::Mmap)],
+        ) {
+            // Rows of a packed file are whole blocks; and some are more than is read at a time.
+            let unit = if dtype == Dtype::Q8_0 { BLOCK } else { 1 };
+            let long = if many { 300 } else { 1 };
+            let shape = match order {
+                Order::Rows => [heads, columns * unit],
+                Order::Heads(of) => [heads * of * long, columns * unit],
+                Order::Columns => [heads * unit, columns * long],
+            };
+            let len = shape[0] * shape[1];
+            let numbers: Vec<f32> = (0..len).map(|i| (i * 7919 % 1009) as f32 - 500.0).collect();
+            let (bytes, _) = narrow(dtype, &numbers);
+            let mut held = vec![0.0; len];
+            (widest().widen)(dtype, &bytes, &mut held);
+            let mut file = tempfile::NamedTempFile::new().unwrap();
+            file.write_all(&[&[0; 3], &bytes[..]].concat()).unwrap();
+            let tensor = Tensor {
+                name: String::new(),
+                dtype,
+                shape: shape.to_vec(),
+                bytes: 3..3 + bytes.len() as u64,
+                order,
+            };
+            let source = Source::new(file.reopen().unwrap(), io).unwrap();
+            let [start, end] = cut.map(|cut| cut.index(len + 1));
+            let range = start.min(end)..start.max(end);
+            let mut got = vec![f32::NAN; range.len()];
+            tensor.read(&source, range.clone(), &mut vec![], &mut got).unwrap();
+            let wanted: Vec<f32> =
+                range.map(|i| held[place(order, shape, i / shape[1], i % shape[1])]).collect();
+            prop_assert_eq!(got, wanted);
+        }
+    }
 }
