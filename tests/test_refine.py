@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import numpy as np
 import pytest
-import tokenizers
 from safetensors.numpy import load_file
-from tokenizers import models, pre_tokenizers, processors
+from words import rows_of, write_bank
 
 from lorameta_rs.errors import InvalidDataset
 from lorameta_rs.refine import Refining, chosen_rows
@@ -22,29 +20,10 @@ def base(golden):
     return golden / "interop" / "gguf" / "base.gguf"
 
 
-def rows_of(shift, count=40):
-    rows = [
-        {"input": f"w{i} w{i + shift} w17", "output": f" w{i + shift}"} for i in range(5, 5 + count)
-    ]
-    return "\n".join(map(json.dumps, rows))
-
-
 @pytest.fixture
 def bank(golden, tmp_path):
-    """Three members of different ranks, and a word for each of the base's 64 ids."""
-    folder = tmp_path / "bank"
-    for shift, name in enumerate(("a_r8", "b_r8", "e_r16"), 1):
-        shutil.copytree(golden / "peft_combine" / "adapters" / name, folder / name)
-        (folder / name / "train.jsonl").write_text(rows_of(shift, 20))
-    words = {"<s>": 1} | {f"w{i}": i for i in range(64) if i != 1}
-    model = tokenizers.Tokenizer(models.WordLevel(words, unk_token="w0"))
-    model.pre_tokenizer = pre_tokenizers.Whitespace()
-    model.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
-    model.save(str(folder / "tokenizer.json"))
     (tmp_path / "new.jsonl").write_text(rows_of(4))
-    return folder
+    return write_bank(golden, tmp_path / "bank")
 
 
 def test_the_mixture_that_is_found_is_what_is_merged(lorameta, bank, base, tmp_path):

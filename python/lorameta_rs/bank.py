@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
+from copy import copy
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -204,6 +205,19 @@ class Bank:
         """Take a fingerprint that was just made, instead of the one on disk."""
         self._kept.keep(name, fingerprint)
         self.__dict__.pop("fingerprints", None)
+
+    @property
+    def families(self) -> dict[str, str]:
+        """The members' families, as `bank.toml` has them."""
+        return self._settings.families
+
+    def without(self, names: Iterable[str]) -> Bank:
+        """The same bank without some of its members."""
+        rest = copy(self)
+        gone = set(names)
+        rest.members = [member for member in self.members if member.name not in gone]
+        rest.__dict__.pop("fingerprints", None)
+        return rest
 
     def forget_fingerprints(self) -> None:
         """Give back the memory of all fingerprints; whoever asks for them reads them again.

@@ -17,6 +17,7 @@ from lorameta_rs.cli.index import index
 from lorameta_rs.cli.inspect import inspect
 from lorameta_rs.cli.merge import merge
 from lorameta_rs.cli.rank import rank
+from lorameta_rs.cli.study import study
 from lorameta_rs.errors import LoraMetaError
 
 DONE, UNUSABLE, INTERRUPTED = 0, 1, 130
@@ -39,7 +40,7 @@ def commands() -> None:
     """Make a LoRA adapter for a new dataset out of a bank of adapters, without training."""
 
 
-for command in (demo, index, rank, merge, inspect, convert, attempt, evaluate):
+for command in (demo, index, rank, merge, inspect, convert, attempt, evaluate, study):
     commands.add_command(command)
 
 

@@ -26,6 +26,7 @@ MAJORITIES = ("total", "frequency")
 NORMALIZATIONS = ("none", "unit")
 DTYPES = ("float32", "float16", "bfloat16")
 FORMATS = ("peft", "gguf", "mlx")
+PROTOCOLS = ("loo", "lofo")
 CONVERTED = ("f32", "f16", "bf16", "q8_0")
 
 PATH = click.Path(path_type=Path)

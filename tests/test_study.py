@@ -1,0 +1,93 @@
+"""`study` on a base of two layers, in the real llama.cpp; families, differences and pictures."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from words import rows_of, write_bank
+
+from lorameta_rs import Bank
+from lorameta_rs.evaluate import Evaluation
+from lorameta_rs.index import make_fingerprints
+from lorameta_rs.scores import MEASURES
+from lorameta_rs.study import CONTROLS, Study, families
+
+pytest.importorskip("xllamacpp", reason="llama.cpp has no wheel for this platform")
+pytest.importorskip("rouge_score", reason="rouge-score is not installed")
+
+
+@pytest.fixture
+def bank(golden, tmp_path):
+    return write_bank(golden, tmp_path / "bank")
+
+
+def made(**means):
+    """A study whose tasks have these means."""
+    found = Study()
+    for task in range(len(next(iter(means.values())))):
+        found.add(
+            str(task),
+            {
+                name: Evaluation(
+                    name, [""], np.full((1, len(MEASURES)), values[task]), [task * 100]
+                )
+                for name, values in means.items()
+            },
+        )
+    return found
+
+
+def test_differences_are_paired():
+    found = made(one=[0.1, 0.5, 0.9], other=[0.2, 0.7, 1.0])
+    difference, error = found.against("other", "one")
+    assert difference == pytest.approx(0.4 / 3)
+    assert error == pytest.approx(np.std([0.1, 0.2, 0.1], ddof=1) / np.sqrt(3))
+    assert made(one=[0.1], other=[0.2]).against("other", "one")[1] is None
+    assert found.by_length("one") == {
+        "up to 64": (1, pytest.approx(0.1)),
+        "up to 256": (2, pytest.approx(0.7)),
+    }
+
+
+def test_families_are_those_of_the_file_or_of_the_nearest(bank, tmp_path):
+    for name, shift in (("a_r8", 1), ("b_r8", 30), ("e_r16", 30)):
+        (bank / name / "train.jsonl").write_text(rows_of(shift, 20))
+    opened = Bank(bank)
+    make_fingerprints(opened)
+    found = families(opened)
+    assert found["b_r8"] == found["e_r16"]
+    (bank / "bank.toml").write_text('[families]\na_r8 = "x"\ne_r16 = "x"\n')
+    assert families(Bank(bank)) == {"a_r8": "x", "b_r8": "b_r8", "e_r16": "x"}
+
+
+def test_each_member_is_answered_by_the_others(lorameta, bank, golden, tmp_path):
+    base = golden / "interop" / "gguf" / "base.gguf"
+    shutil.rmtree(bank / "e_r16")  # of another rank, which the paper's operator does not take
+    shutil.copytree(golden / "peft_combine" / "adapters" / "g_r8_qv_only", bank / "c_r8")
+    (bank / "c_r8" / "train.jsonl").write_text(rows_of(3, 20))
+    for name in ("a_r8", "c_r8"):
+        (bank / name / "test.jsonl").write_text(rows_of(2, 6))
+    command = ["study", bank, "--base", base, "--most-tokens", "2", "--cache", tmp_path / "kept"]
+    status, out, err = lorameta(*command, "--json")
+    assert status == 0, err
+    found = json.loads(out)
+    assert found["tasks"] == ["a_r8", "c_r8"]
+    assert list(found["adapters"]) == list(CONTROLS)
+    kept = sorted(path.name for path in (tmp_path / "kept").iterdir())
+    status, out, err = lorameta(*command, "--plot", tmp_path / "study.png")
+    assert status == 0, err
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == kept
+    assert [line.split("\t")[0] for line in out.splitlines()[1:]] == list(CONTROLS)
+    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
+    (bank / "bank.toml").write_text('[families]\na_r8 = "x"\nb_r8 = "x"\nc_r8 = "y"\n')
+    status, out, err = lorameta(*command, "--protocol", "lofo", "--json")
+    assert status == 0, err
+    assert json.loads(out)["tasks"] == ["a_r8", "c_r8"]
+    (bank / "bank.toml").write_text('[families]\na_r8 = "x"\nb_r8 = "x"\nc_r8 = "x"\n')
+    status, _, err = lorameta(*command, "--protocol", "lofo")
+    assert (status, "all members are of its family" in err) == (1, True)
+    status, _, err = lorameta(*command, "--test", "none.jsonl")
+    assert (status, "no member has a test set" in err) == (1, True)
