@@ -218,8 +218,8 @@ fn of_gguf(
             let heads = heads.ok_or_else(|| {
                 fault(format!(
                     "llama.cpp regroups these rows by heads in `{architecture}` models, and the \
-                     file does not say how many there are; name them in `bank.toml`: `[base]`, \
-                     `heads`, `kv_heads`"
+                     file does not say how many there are: give the base as `--base-config`, or its \
+                     `heads` and `kv_heads` in `[base]` of a bank's `bank.toml`"
                 ))
             })?;
             let rows = by.rows(heads, tensor.shape[0]).map_err(fault)?;

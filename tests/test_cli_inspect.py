@@ -115,3 +115,30 @@ def test_members_that_began_from_one_a_are_grouped(make_bank, lorameta):
     ]
     _, _, err = lorameta("inspect", written.folder)
     assert err.count("began from the same A") == 2
+
+
+def test_members_of_one_name_keep_their_own_norms(make_bank, lorameta):
+    banks = [make_bank({"a": {"seed": seed}}) for seed in (1, 2)]
+    _, out, _ = lorameta("inspect", *(bank.folder for bank in banks), "--json")
+    for one, bank in zip(json.loads(out)["adapters"], banks, strict=True):
+        assert one["norms"] == {
+            module: pytest.approx(norm, rel=1e-5) for module, norm in deltas(bank, "a").items()
+        }
+
+
+def test_adapters_of_other_formats_are_rows(golden, lorameta):
+    interop = golden / "interop"
+    alone = [interop / "gguf" / "a_r8.f16.gguf", interop / "mlx" / "a_r8"]
+    status, _, err = lorameta("inspect", alone[0])
+    assert (status, "`--base-config`" in err) == (1, True)
+    base = ["--base-config", interop / "gguf" / "base.gguf"]
+    peft = golden / "peft_combine" / "adapters" / "a_r8"
+    status, out, err = lorameta("inspect", *alone, peft, *base, "--json")
+    assert status == 0, err
+    packed, mlx, known = json.loads(out)["adapters"]
+    paths = [str(path) for path in (*alone, peft)]
+    assert [one["adapter"] for one in (packed, mlx, known)] == paths
+    assert json.loads(out)["shared_a"] == [paths]
+    assert packed["scalings"] == known["scalings"] == [2.0]
+    assert mlx["norm"] == pytest.approx(known["norm"], rel=1e-6)
+    assert packed["norm"] == pytest.approx(known["norm"], rel=1e-3)

@@ -19,6 +19,7 @@ from lorameta_rs.errors import (
     NotFinite,
 )
 from lorameta_rs.member import Member, open_members
+from lorameta_rs.merge import Job, Options, merge
 
 MALFORMED = Path(__file__).parent / "golden" / "malformed"
 WEIGHTS = "adapter_model.safetensors"
@@ -146,3 +147,79 @@ def test_a_pickle_is_never_opened(make_bank, tmp_path):
     assert "holds only `adapter_model.bin`, a pickle, which is never opened" in str(a)
     assert isinstance(b, InvalidAdapter)
     assert not trace.exists()
+
+
+def mixed_bank(golden, folder):
+    """Members of PEFT and of llama.cpp's converter; their A and s B, in float64, by module.
+
+    The converter's files do not say how many heads there are: `bank.toml` does.
+    """
+    interop, peft = golden / "interop" / "gguf", golden / "peft_combine" / "adapters"
+    wanted = {}
+    for name, file, dtype, scaling in (
+        ("alpha", "a_r8.f16.gguf", "F16", 16 / 8),
+        ("coarse", "a_r8.BF16.gguf", "BF16", 16 / 8),
+        ("folded", "c_r8_rslora_f16.folded.gguf", "F32", 16 / 8**0.5),
+        ("peft", None, "F32", 8 / 8),
+    ):
+        source = peft / {"coarse": "a_r8", "peft": "b_r8"}.get(name, (file or "").partition(".")[0])
+        if file is None:
+            shutil.copytree(source, folder / name)
+        else:
+            (folder / name).mkdir(parents=True)
+            shutil.copy(interop / file, folder / name)
+        tensors, _ = reference.read(source / WEIGHTS)
+        config = json.loads((source / "adapter_config.json").read_text())
+        assert config["r"] == 8
+        assert reference.scaling(config, "model.layers.0.self_attn.q_proj") == scaling
+        wanted[name] = {
+            tensor: reference.stored(numbers, dtype) * (scaling if "lora_B" in tensor else 1.0)
+            for tensor, numbers in tensors.items()
+        }
+    (folder / "bank.toml").write_text('[base]\nconfig = "base"\n')
+    shutil.copytree(golden / "peft_combine" / "base", folder / "base")
+    return wanted
+
+
+def products(factors, scaling=1.0):
+    return {
+        tensor: scaling * factors[tensor.replace("lora_A", "lora_B")] @ a
+        for tensor, a in factors.items()
+        if "lora_A" in tensor
+    }
+
+
+@pytest.mark.parametrize("method", ["soup", "cat", "svd"])
+def test_members_of_both_formats_are_summed(golden, tmp_path, method):
+    wanted = mixed_bank(golden, tmp_path / "bank")
+    bank = Bank(tmp_path / "bank")
+    assert bank.names == ["alpha", "coarse", "folded", "peft"]
+    coefficients = np.array([0.5, -0.2, 0.3, 0.9])
+    whole = Options(method=method, rank=32 if method == "svd" else None)
+    merge(bank, [Job(coefficients, tmp_path / "out")], whole)
+    made, _ = reference.read(tmp_path / "out" / WEIGHTS)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    found = products(made, config["lora_alpha"] / config["r"])
+    if method == "soup":
+        expected = products(reference.soup(wanted.values(), coefficients))
+    else:
+        expected = reference.soup(map(products, wanted.values()), coefficients)
+    assert found.keys() == expected.keys()
+    for module, delta in expected.items():
+        np.testing.assert_allclose(found[module], delta, rtol=1e-5, atol=1e-5)
+
+
+def test_a_gguf_member_that_cannot_be_read_is_left_out(golden, tmp_path):
+    folder = tmp_path / "bank"
+    mixed_bank(golden, folder)
+    file = folder / "alpha" / "a_r8.f16.gguf"
+    file.write_bytes(file.read_bytes()[:-100])
+    shutil.copy(golden / "interop" / "gguf" / "base.gguf", folder / "folded")
+    (folder / "bank.toml").unlink()
+    bank = Bank(folder)
+    assert bank.names == ["peft"]
+    said = {name: str(error) for name, error in bank.left_out.items()}
+    assert "cut short?" in said["alpha"]
+    assert "regroups these rows by heads" in said["coarse"]
+    assert "`--base-config`" in said["coarse"]
+    assert "holds 2 GGUF files (`base.gguf`, `c_r8_rslora_f16.folded.gguf`)" in said["folded"]

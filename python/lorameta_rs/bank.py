@@ -21,6 +21,7 @@ from lorameta_rs.errors import (
     LoraMetaError,
     MissingFile,
 )
+from lorameta_rs.formats.base import heads_in
 from lorameta_rs.member import GGUF, MLX_WEIGHTS, PICKLE, WEIGHTS, Member, open_members
 from lorameta_rs.provenance import FILE_NAME as PROVENANCE
 from lorameta_rs.tokenizer import Tokenizer
@@ -99,7 +100,7 @@ class Bank:
             self.left_out[name] = InvalidBank(
                 f"`{self.folder / name}`: the folder's name is not UTF-8; give it another"
             )
-        opened_members = open_members(folders, drop_unsupported, self._settings.heads)
+        opened_members = open_members(folders, drop_unsupported, heads_in(self.folder))
         for one, opened in zip(folders, opened_members, strict=True):
             if isinstance(opened, Member):
                 self.members.append(opened)

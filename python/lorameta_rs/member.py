@@ -138,6 +138,13 @@ def _without_weights(folder: Path) -> str:
     if (folder / MLX_WEIGHTS).exists():
         hint = "`lorameta-rs convert` makes a PEFT adapter of it"
         return f"`{folder}` is an MLX adapter (`{MLX_WEIGHTS}`)\n{hint}"
+    others = sorted(path.name for path in folder.glob(f"*{GGUF}")) if folder.is_dir() else []
+    if others:
+        names = ", ".join(f"`{name}`" for name in others[:3])
+        return (
+            f"`{folder}` holds {len(others)} GGUF files ({names}{', …' * (len(others) > 3)})\n"
+            f"an adapter's folder holds one, or calls it `{GGUF_WEIGHTS}`"
+        )
     return f"`{folder}` has no adapter: `{WEIGHTS}` is missing"
 
 

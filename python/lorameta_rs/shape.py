@@ -34,15 +34,18 @@ def delta_norms(
     """
     from lorameta_rs.merge import Options
 
-    known = {member.name: None if index is None else index.norms(member) for member in members}
-    unknown = [member for member in members if known[member.name] is None]
-    found = _core.norms([member.adapter for member in unknown], Options(threads=1), progress)
-    known |= {member.name: own for member, own in zip(unknown, found, strict=True)}
-    products = [known[member.name] or [] for member in members]
+    products = [None if index is None else index.norms(member) for member in members]
+    unknown = [i for i, own in enumerate(products) if own is None]
+    adapters = [members[i].adapter for i in unknown]
+    found = _core.norms(adapters, Options(threads=1), progress)
+    for i, own in zip(unknown, found, strict=True):
+        products[i] = own
     return [
         {
             module.name: abs(scaling) * norm
-            for module, scaling, norm in zip(member.modules, member.scalings, own, strict=True)
+            for module, scaling, norm in zip(
+                member.modules, member.scalings, own or [], strict=True
+            )
         }
         for member, own in zip(members, products, strict=True)
     ]

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from lorameta_rs.errors import LoraMetaError
     from lorameta_rs.member import Member
 
 HEADERS = ("adapter", "rank", "scaling", "modules", "type", "size", "‖ΔW‖", "base model", "faults")
@@ -22,43 +23,40 @@ _SHOWN = 8
 @click.argument("paths", metavar="PATH...", type=options.PATH, nargs=-1, required=True)
 @click.option("--no-data", is_flag=True, help="Read the headers alone, not the tensors.")
 @click.option("--norms", is_flag=True, help="Print ‖ΔW‖ of every module.")
+@options.base_config
 @options.as_json
-def inspect(paths: Sequence[Path], no_data: bool, norms: bool, as_json: bool) -> None:
+def inspect(
+    paths: Sequence[Path], no_data: bool, norms: bool, base_config: Path | None, as_json: bool
+) -> None:
     """Say what adapters are, and what is wrong with them.
 
-    PATH is an adapter, or a bank for all of its members. Says how large each adapter's ΔW is, and
-    which began training from the same A; of an adapter, which servers refuse it or take it
-    otherwise than PEFT. The status is 1 if any cannot be used.
+    PATH is an adapter, of any format that `convert` reads, or a bank for all of its members. Says
+    how large each adapter's ΔW is, and which began training from the same A; of an adapter, which
+    servers refuse it or take it otherwise than PEFT. The status is 1 if any cannot be used.
     """
-    from lorameta_rs import files
-    from lorameta_rs.bank import member_folders
-    from lorameta_rs.config import FILE_NAME
-    from lorameta_rs.member import GGUF, WEIGHTS, Member, open_members
+    from lorameta_rs.errors import LoraMetaError
 
     if no_data and norms:
         raise click.UsageError("--norms needs the tensors: leave --no-data out")
-    folders = []
+    adapters: list[tuple[Path, Member | LoraMetaError]] = []
     served = set()
     for path in paths:
-        with files.refusals(path):
-            path.stat()
-        alone = (path / FILE_NAME).exists() or (path / WEIGHTS).exists()
-        alone = alone or (path.is_dir() and any(path.glob(f"*{GGUF}")))
-        folders += [path] if alone else member_folders(path) or [path]
+        alone, own = _opened(path, base_config)
+        adapters += own
         served |= {str(path)} if alone else set()
-    found = []
+    found: list[dict[str, Any]] = []
     sound = []
-    with console.steps("reading adapters", len(folders)) as step:
-        for folder, opened in zip(folders, open_members(folders), strict=True):
+    with console.steps("reading adapters", len(adapters)) as step:
+        for path, opened in adapters:
             if step is not None:
-                step(folder)
-            if isinstance(opened, Member):
-                found.append(_member(opened, look=not no_data))
-                if found[-1]["usable"]:
-                    sound.append((opened, found[-1]))
-            else:
+                step(path)
+            if isinstance(opened, LoraMetaError):
                 fault = str(opened)
-                found.append({"adapter": str(folder), "usable": False, "faults": [fault]})
+                found.append({"adapter": str(path), "usable": False, "faults": [fault]})
+                continue
+            found.append({"adapter": str(path)} | _member(opened, look=not no_data))
+            if found[-1]["usable"]:
+                sound.append((opened, found[-1]))
     groups = [] if no_data else _norms_and_groups(sound)
     if as_json:
         console.data({"adapters": found, "shared_a": groups})
@@ -88,6 +86,31 @@ def inspect(paths: Sequence[Path], no_data: bool, norms: bool, as_json: bool) ->
         raise click.exceptions.Exit(1)
 
 
+def _opened(
+    path: Path, base_config: Path | None
+) -> tuple[bool, list[tuple[Path, Member | LoraMetaError]]]:
+    """Whether `path` is an adapter itself; and it, or a bank's members."""
+    from lorameta_rs import files
+    from lorameta_rs.bank import member_folders
+    from lorameta_rs.errors import LoraMetaError
+    from lorameta_rs.formats.base import Base, heads_in
+    from lorameta_rs.formats.opening import is_adapter, open_adapters
+    from lorameta_rs.member import open_members
+
+    with files.refusals(path):
+        path.stat()
+    if not is_adapter(path):
+        folders = member_folders(path) or [path]
+        heads = heads_in(path) if base_config is None else Base.load(base_config).head_counts
+        return False, list(zip(folders, open_members(folders, heads=heads), strict=True))
+    try:
+        opened = open_adapters(path, Base.known(base_config, path), base_config)
+    except LoraMetaError as error:
+        return True, [(path, error)]
+    places = [path] if len(opened) == 1 else [path / member.name for member in opened]
+    return True, list(zip(places, opened, strict=True))
+
+
 def _member(member: Member, look: bool) -> dict[str, Any]:
     from lorameta_rs._core import scan
     from lorameta_rs.servers import breaches
@@ -96,7 +119,6 @@ def _member(member: Member, look: bool) -> dict[str, Any]:
     unusable = [f"`{tensor}` holds {what}" for tensor, what in odd if what != "only zeros"]
     harmless = [f"`{tensor}` holds {what}" for tensor, what in odd if what == "only zeros"]
     return {
-        "adapter": str(member.folder),
         "usable": not unusable,
         "ranks": sorted(member.ranks),
         "scalings": sorted(set(member.scalings)),
@@ -121,7 +143,7 @@ def _norms_and_groups(sound: Sequence[tuple[Member, dict[str, Any]]]) -> list[li
     for (_, one), own in zip(sound, norms, strict=True):
         one["norms"] = own
         one["norm"] = sum(norm**2 for norm in own.values()) ** 0.5
-    return [[str(members[i].folder) for i in group] for group in shared_a(members)]
+    return [[sound[i][1]["adapter"] for i in group] for group in shared_a(members)]
 
 
 def _row(one: dict[str, Any]) -> tuple[str, ...]:

@@ -168,6 +168,17 @@ class Base:
         return self.heads, self.kv_heads
 
 
+def heads_in(bank: Path) -> tuple[int, int] | None:
+    """The heads of a bank's base model, if its `bank.toml` or the `config` named there says them.
+
+    Raises:
+        LoraMetaError: As `BankSettings.load` and `Base.load`.
+    """
+    settings = BankSettings.load(bank)
+    config = settings.base.get("config")
+    return settings.heads if config is None else Base.load(bank / str(config)).head_counts
+
+
 def _count(where: object, value: object) -> int | None:
     if value is None:
         return None
