@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # Layers, and each target module's (out, in).
 SHAPES: dict[str, tuple[int, dict[str, tuple[int, int]]]] = {
     "mistral-7b": (32, {"q_proj": (4096, 4096), "k_proj": (1024, 4096), "v_proj": (1024, 4096)}),
+    "llama-1b": (16, {"q_proj": (2048, 2048), "k_proj": (512, 2048), "v_proj": (512, 2048)}),
+    "llama-70b": (80, {"q_proj": (8192, 8192), "k_proj": (1024, 8192), "v_proj": (1024, 8192)}),
     "tiny": (4, {"q_proj": (192, 192), "k_proj": (96, 192), "v_proj": (96, 192)}),
 }
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}

@@ -59,6 +59,29 @@ def test_the_mixture_that_is_found_is_what_is_merged(lorameta, bank, base, tmp_p
     assert (again / weights).read_bytes() == (tmp_path / "out" / weights).read_bytes()
 
 
+def test_a_search_that_was_broken_off_is_taken_up(lorameta, bank, base, tmp_path):
+    cache = tmp_path / "cache"
+    command = ["merge", bank, tmp_path / "new.jsonl", "--rows", "8", "--budget", "20"]
+    command += ["--refine", base, "--cache", cache]
+    status, _, err = lorameta(*command, "-o", tmp_path / "out")
+    assert (status, "refining takes about" in err) == (0, True), err
+    kept = sorted(cache.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    kept[5].write_text("half a fi")
+    for path in kept[6:]:
+        path.unlink()
+    times = [path.stat().st_mtime_ns for path in kept[:6]]
+    status, _, err = lorameta(*command, "-o", tmp_path / "again")
+    assert (status, "refining takes about" in err) == (0, True), err
+    now = [path.stat().st_mtime_ns for path in kept[:6]]
+    assert (now[:5], now[5] > times[5]) == (times[:5], True)
+    status, _, err = lorameta(*command, "-o", tmp_path / "third")
+    assert (status, "refining takes about" in err) == (0, False), err
+    again, third = (
+        (tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("again", "third")
+    )
+    assert again == third
+
+
 def deltas(folder):
     config = json.loads((folder / "adapter_config.json").read_text())
     tensors = load_file(folder / "adapter_model.safetensors")

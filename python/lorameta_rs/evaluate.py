@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lorameta_rs import files
+from lorameta_rs.cache import Cache
 from lorameta_rs.dataset import Example, examples
-from lorameta_rs.errors import InvalidDataset, LoraMetaError
+from lorameta_rs.errors import InvalidDataset
 from lorameta_rs.formats.base import Base
 from lorameta_rs.formats.conversion import write_gguf
 from lorameta_rs.formats.opening import open_adapters
@@ -24,6 +22,7 @@ from lorameta_rs.scores import MEASURES, interval, scores
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from lorameta_rs._metrics import Floats
     from lorameta_rs.tokenizer import Tokenizer
@@ -169,7 +168,7 @@ def answers(
     """
     paths = as_gguf(adapters, base, folder)
     hashes = ["", *(files.sha256(path) for path in paths)]
-    kept = _Kept(cache, "" if cache is None else files.sha256(base), most_tokens)
+    kept = Cache(cache, "answers", "" if cache is None else files.sha256(base), most_tokens)
     count = len(rows.prompts)
     found: list[list[str]] = []
     with Llama(base, paths, context=_context(rows, most_tokens), threads=threads) as llama:
@@ -182,10 +181,10 @@ def answers(
             own: list[str] = []
             for start in range(0, count, _CHUNK):
                 prompts = rows.prompts[start : start + _CHUNK]
-                said = kept.load(sha256, prompts)
+                said = kept.load(len(prompts), sha256, prompts)
                 if said is None:
                     said = _answers(llama, prompts, scales, most_tokens, rows.tokenizer)
-                    kept.save(sha256, prompts, said)
+                    kept.keep(said, sha256, prompts)
                 own += said
                 if progress is not None:
                     progress(number * count + len(own), len(hashes) * count)
@@ -233,34 +232,3 @@ def _context(rows: Rows, most_tokens: int) -> int:
         for prompt in rows.prompts
     )
     return -(-(longest + most_tokens + 1) // 256) * 256
-
-
-class _Kept:
-    """Answers on the disk, each chunk under the hash of all that it depends on."""
-
-    def __init__(self, folder: Path | None, base: str, most_tokens: int) -> None:
-        self.folder = folder
-        self.of = [1, base, most_tokens]
-
-    def _path(self, adapter: str, prompts: Sequence[object]) -> Path:
-        key = json.dumps([*self.of, adapter, list(prompts)]).encode()
-        return (self.folder or Path()) / f"{hashlib.sha256(key).hexdigest()}.json"
-
-    def load(self, adapter: str, prompts: Sequence[object]) -> list[str] | None:
-        """The answers, if they are there and sound."""
-        if self.folder is None:
-            return None
-        try:
-            with files.reading(self._path(adapter, prompts)) as file:
-                found = json.load(file)
-        except (LoraMetaError, ValueError, RecursionError):
-            return None
-        sound = isinstance(found, list) and all(isinstance(one, str) for one in found)
-        return found if sound and len(found) == len(prompts) else None
-
-    def save(self, adapter: str, prompts: Sequence[object], answers: list[str]) -> None:
-        """Keep them; errors as `files.write_whole`."""
-        if self.folder is not None:
-            with files.refusals(self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
-            files.write_whole(self._path(adapter, prompts), json.dumps(answers).encode())

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import random
 import re
+import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lorameta_rs import _core
+from lorameta_rs import _core, files
+from lorameta_rs.cache import Cache
 from lorameta_rs.dataset import Example, examples
 from lorameta_rs.errors import InvalidDataset, InvalidSetting
 from lorameta_rs.formats.base import Base
@@ -59,6 +61,8 @@ class Refining:
     """Of the choice of rows."""
     threads: int = 0
     """Of the model, as `Llama`."""
+    cache: Path | None = None
+    """Where evaluations are kept, so that a search that was broken off goes on there."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +95,7 @@ def refine(
     how: Refining,
     folder: Path,
     progress: Callable[[int, int], object] | None = None,
+    estimate: Callable[[float], object] | None = None,
 ) -> Refined:
     """Look for better coefficients of a job than its ranking gave.
 
@@ -101,6 +106,7 @@ def refine(
         how: The base model, and how long to look.
         folder: Where the candidates' files are put.
         progress: Told evaluations done, and how many there are at most.
+        estimate: Told the seconds that all evaluations take at most, once the first has been timed.
 
     Returns:
         The job to be run, with one coefficient for each module of each member.
@@ -129,15 +135,24 @@ def refine(
         write_gguf(member, paths[-1], shape, "float32", Options())
     longest = max(len(before) + len(answer) for before, answer in search_rows + held_rows)
     context = -(-(longest + 8) // 256) * 256
+    most = how.budget + 2
+    kept = Cache(how.cache, "likelihoods", *_hashes(how, paths))
     with Llama(how.base, paths, context=context, threads=how.threads) as llama:
-        done = 0
+        done = timed = 0
 
         def look(weights: Floats, rows: Sequence[Ids] = search_rows) -> Floats:
-            nonlocal done
-            found = llama.log_likelihoods(rows, weights.tolist())
+            nonlocal done, timed
+            found = kept.load(len(rows), rows, weights.tolist())
+            if found is None:
+                start = time.monotonic()
+                found = llama.log_likelihoods(rows, weights.tolist())
+                kept.keep(found, rows, weights.tolist())
+                timed += 1
+                if timed == 1 and estimate is not None:
+                    estimate((time.monotonic() - start) * (most - done))
             done += 1
             if progress is not None:
-                progress(min(done, how.budget + 2), how.budget + 2)
+                progress(min(done, most), most)
             return np.concatenate(found)
 
         mixture = search(look, len(members), how.budget)
@@ -194,6 +209,11 @@ def _ids(tokenizer: Tokenizer, rows: Sequence[Example], end: object) -> list[Ids
         answer = ids[start:] if ids[-1:] == closing else ids[start:] + closing
         parted.append((ids[:start], answer))
     return parted
+
+
+def _hashes(how: Refining, paths: Sequence[Path]) -> list[str]:
+    """Of the base and of the candidates, where something is kept by them."""
+    return [] if how.cache is None else [files.sha256(path) for path in (how.base, *paths)]
 
 
 def _as_coefficients(

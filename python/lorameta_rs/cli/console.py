@@ -104,6 +104,17 @@ def size(count: float) -> str:
     return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
 
 
+def duration(seconds: float) -> str:
+    """A time, as people say it.
+
+    >>> duration(4.2), duration(260.0)
+    ('4 seconds', '4 minutes')
+    """
+    if seconds < 90:
+        return number(max(round(seconds), 1), "second")
+    return number(round(seconds / 60), "minute")
+
+
 def number(count: int, noun: str) -> str:
     """A number of things.
 

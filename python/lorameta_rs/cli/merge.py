@@ -76,6 +76,12 @@ _LARGEST_WEIGHTS = 16 << 20
     show_default=True,
     help="Nearest members that --refine mixes with the merge.",
 )
+@click.option(
+    "--cache",
+    type=options.PATH,
+    metavar="DIR",
+    help="Keep what the base said there, and take up a --refine that was broken off.",
+)
 @options.columns("each DATASET")
 @options.bank
 @click.option(
@@ -262,6 +268,7 @@ def _refined(
         budget=arguments["budget"],
         seed=arguments["seed"],
         threads=arguments["threads"],
+        cache=arguments["cache"],
     )
     refined = []
     for job in jobs:
@@ -269,7 +276,7 @@ def _refined(
             tempfile.TemporaryDirectory() as folder,
             console.progress(f"refining, at most {how.budget + 2} evaluations") as update,
         ):
-            found = refine(bank, job, run, how, Path(folder), update)
+            found = refine(bank, job, run, how, Path(folder), update, _say_time)
         refined.append(found.job)
         mixed = sorted(zip(found.names, found.weights, strict=True), key=lambda one: -abs(one[1]))
         parts = ", ".join(f"{weight:.2f} {name}" for name, weight in mixed if abs(weight) >= 0.005)
@@ -280,6 +287,10 @@ def _refined(
         )
     # The coefficients that were found hold all that is to be done with norms.
     return refined, replace(run, method="svd", normalize="none")
+
+
+def _say_time(seconds: float) -> None:
+    console.say(f"refining takes about {console.duration(seconds)} at most")
 
 
 def _weighted(
