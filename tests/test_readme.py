@@ -6,10 +6,12 @@ import doctest
 import json
 import re
 import shlex
+import shutil
 import tomllib
 from pathlib import Path
 
 import pytest
+from words import rows_of, write_bank
 
 from lorameta_rs.cli import run
 
@@ -55,6 +57,26 @@ def test_the_page_of_runtimes_works(tmp_path, monkeypatch, capsys):
     demo = Path("lorameta-demo", "adapter", "lorameta.json").read_text()
     assert json.loads(demo)["settings"]["base"]["heads"] == 4
     assert (tmp_path / "mine.gguf").read_bytes()[:4] == b"GGUF"
+
+
+def test_the_page_of_answers_works(golden, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("xllamacpp", reason="llama.cpp has no wheel for this platform")
+    monkeypatch.chdir(tmp_path)
+    write_bank(golden, tmp_path / "bank")
+    (tmp_path / "bank" / "bank.toml").write_text('[families]\na_r8 = "x"\nb_r8 = "y"\n')
+    shutil.copy(golden / "interop" / "gguf" / "base.gguf", tmp_path)
+    for name in ("mine", "half"):
+        shutil.copytree(golden / "peft_combine" / "adapters" / "a_r8", tmp_path / name)
+    (tmp_path / "new.jsonl").write_text(rows_of(4, 12))
+    for test in (tmp_path / "test.jsonl", tmp_path / "bank" / "a_r8" / "test.jsonl"):
+        test.write_text(rows_of(2, 4))
+    page = (ROOT / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    lines = [line for language, block in BLOCK.findall(page) for line in block.splitlines()]
+    for line in lines:
+        program, *arguments = shlex.split(line)
+        assert (program, run(arguments)) == ("lorameta-rs", 0), capsys.readouterr().err
+    assert len(lines) == 6
+    assert weights(tmp_path / "better")
 
 
 def weights(adapter):

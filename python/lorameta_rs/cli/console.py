@@ -91,6 +91,13 @@ def _one_line(text: str) -> str:
     return _printable(text).replace("\n", "\\n")
 
 
+def say_lengths(name: str, buckets: dict[str, tuple[int, float]]) -> None:
+    """Rouge-L by the length of prompts in tokens, where they differ enough."""
+    if len(buckets) > 1:
+        means = ", ".join(f"{length} tokens {mean:.3f}" for length, (_, mean) in buckets.items())
+        say(f"{name}: Rouge-L of prompts {means}")
+
+
 def size(count: float) -> str:
     """A number of bytes, as people say it.
 

@@ -11,8 +11,6 @@ import click
 from lorameta_rs.cli import console, options
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from lorameta_rs.evaluate import Evaluation
 
 HEADERS = ("adapter", "Rouge-L", "95 %", "Rouge-Lsum", "exact", "contains")
@@ -69,7 +67,8 @@ def evaluate(
         console.data([_described(one) for one in found])
         return
     console.table(HEADERS, [_row(one) for one in found])
-    _say_lengths(found)
+    for one in found:
+        console.say_lengths(one.name, one.by_length("rouge_l"))
 
 
 def _row(one: Evaluation) -> tuple[str, ...]:
@@ -93,12 +92,3 @@ def _described(one: Evaluation) -> dict[str, Any]:
         "rouge_l_by_length": one.by_length("rouge_l"),
         "answers": one.answers,
     }
-
-
-def _say_lengths(found: Sequence[Evaluation]) -> None:
-    """Rouge-L by the length of the prompts, where they differ enough."""
-    for one in found:
-        buckets = one.by_length("rouge_l")
-        if len(buckets) > 1:
-            means = ", ".join(f"{name} tokens {mean:.3f}" for name, (_, mean) in buckets.items())
-            console.say(f"{one.name}: Rouge-L of prompts {means}")

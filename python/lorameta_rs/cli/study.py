@@ -112,6 +112,8 @@ def study(
         console.data(_described(found))
     else:
         console.table(HEADERS, _rows(found))
+        for name in found.scores:
+            console.say_lengths(name, found.by_length(name))
 
 
 def _rows(found: Study) -> list[tuple[str, ...]]:
