@@ -42,8 +42,19 @@ pub struct Stamp {
 }
 
 impl Stamp {
-    fn of(metadata: &Metadata) -> Self {
+    pub(crate) fn of(metadata: &Metadata) -> Self {
         Self { size: metadata.len(), modified: metadata.modified().ok() }
+    }
+
+    /// # Errors
+    /// The file at `path` has another one by now.
+    pub(crate) fn still(self, path: &Path) -> Result<()> {
+        self.is_that_of(&std::fs::metadata(path).at(path)?, path)
+    }
+
+    fn is_that_of(self, metadata: &Metadata, path: &Path) -> Result<()> {
+        let same = Self::of(metadata) == self;
+        if same { Ok(()) } else { Err(Error::Changed { path: path.to_owned() }) }
     }
 }
 
@@ -65,8 +76,10 @@ impl Adapter {
             let reason = "holds no tensor".to_owned();
             return Err(Error::File { path: path.to_owned(), reason });
         }
-        let layout = Layout::of(tensors, notes, opening.drop_unsupported).map_err(|fault| {
-            Error::Tensor { path: path.to_owned(), tensor: fault.tensor, reason: fault.reason }
+        let layout = Layout::of(tensors, notes, opening).map_err(|fault| Error::Tensor {
+            path: path.to_owned(),
+            tensor: fault.tensor,
+            reason: fault.reason,
         })?;
         let (layout, metadata) = (Arc::new(layout), Arc::new(metadata));
         Ok(Self { path: path.to_owned(), layout, container, metadata, stamp })
@@ -93,13 +106,29 @@ impl Adapter {
         self.stamp
     }
 
+    /// # Errors
+    /// It is DoRA, which `what` cannot take.
+    pub(crate) fn plain(&self, what: &str) -> Result<()> {
+        let Some(magnitude) = self.layout.modules.iter().find_map(|module| module.magnitude) else {
+            return Ok(());
+        };
+        Err(Error::Tensor {
+            path: self.path.clone(),
+            tensor: self.layout.tensors[magnitude].name.clone(),
+            reason: format!(
+                "is a DoRA magnitude: it changes the base's whole weight, which {what} cannot \
+                 hold; use `svd`"
+            ),
+        })
+    }
+
     /// Open the file for its data.
     ///
     /// # Errors
     /// It has changed since its header was read.
     pub(crate) fn file(&self) -> Result<File> {
         let file = File::open(&self.path).at(&self.path)?;
-        self.unchanged(&file.metadata().at(&self.path)?)?;
+        self.stamp.is_that_of(&file.metadata().at(&self.path)?, &self.path)?;
         Ok(file)
     }
 
@@ -108,15 +137,7 @@ impl Adapter {
     /// # Errors
     /// The file has changed since its header was read.
     pub(crate) fn still_unchanged(&self) -> Result<()> {
-        self.unchanged(&std::fs::metadata(&self.path).at(&self.path)?)
-    }
-
-    fn unchanged(&self, metadata: &Metadata) -> Result<()> {
-        if Stamp::of(metadata) == self.stamp {
-            Ok(())
-        } else {
-            Err(Error::Changed { path: self.path.clone() })
-        }
+        self.stamp.still(&self.path)
     }
 }
 

@@ -54,6 +54,8 @@ pub struct Opening {
     pub heads: Option<Heads>,
     /// The PEFT names of tensors that the file calls otherwise; no others are read then.
     pub names: Option<HashMap<String, String>>,
+    /// Take the magnitudes of DoRA, which need the base's weights.
+    pub dora: bool,
 }
 
 /// What the header of an adapter file says.
@@ -70,9 +72,18 @@ pub(crate) struct Contents {
 /// # Errors
 /// The file cannot be read, or its header does not hold.
 pub fn file_tensors(path: &Path) -> Result<Vec<Tensor>> {
+    safetensors(path).map(|(_, tensors)| tensors)
+}
+
+/// A safetensors file, and its tensors in the order of their data.
+///
+/// # Errors
+/// The file cannot be read, or its header does not hold.
+pub(crate) fn safetensors(path: &Path) -> Result<(File, Vec<Tensor>)> {
     let (mut file, size) = open(path)?;
     let read = header::read(&mut file, size).at(path)?;
-    read.map(|(tensors, _)| tensors).map_err(|reason| Error::File { path: path.to_owned(), reason })
+    let (tensors, _) = read.map_err(|reason| Error::File { path: path.to_owned(), reason })?;
+    Ok((file, tensors))
 }
 
 /// The keys of a GGUF file, which may be any model.

@@ -67,6 +67,7 @@ pub fn convert(
     options: &Options,
     watch: &Watch,
 ) -> Result<()> {
+    adapter.plain("another format")?;
     let modules = adapter.layout.modules.len();
     let strengths = conversion.strengths;
     if strengths.len() != modules || !strengths.iter().all(|s| (*s as f32).is_finite()) {

@@ -30,6 +30,8 @@ pub(crate) struct Joint {
     pub(crate) behind: Vec<usize>,
     /// In the order of the bank. An adapter that is not among them counts as zero.
     pub(crate) holders: Vec<Share>,
+    /// Whether any of them is DoRA there.
+    pub(crate) dora: bool,
 }
 
 /// What one adapter has of a joint module.
@@ -51,6 +53,11 @@ impl Joint {
     /// The sum of the adapters' ranks.
     pub(crate) fn ranks(&self) -> usize {
         self.holders.iter().map(|share| share.rank).sum()
+    }
+
+    /// The largest rank that a sum of its adapters can have; at most, where none is DoRA.
+    pub(crate) fn most(&self) -> usize {
+        if self.dora { self.columns().min(self.outer) } else { self.ranks() }
     }
 
     /// A factor's shape at another rank.
@@ -83,6 +90,7 @@ pub(crate) fn joint_modules(adapters: &[&Adapter]) -> Result<Vec<Joint>> {
                         outer: b[0],
                         behind: b[2..].to_vec(),
                         holders: vec![],
+                        dora: false,
                     }
                 });
             for (factor, shape) in [(Factor::A, a), (Factor::B, b)] {
@@ -97,6 +105,7 @@ pub(crate) fn joint_modules(adapters: &[&Adapter]) -> Result<Vec<Joint>> {
                 }
             }
             joint.holders.push(share);
+            joint.dora |= module.magnitude.is_some();
         }
     }
     Ok(found.into_values().collect())
@@ -107,7 +116,7 @@ pub(crate) struct Reader<'a> {
     pub(crate) adapters: Vec<&'a Adapter>,
     sources: Vec<Source>,
     allow_nan: bool,
-    watch: &'a Watch,
+    pub(crate) watch: &'a Watch,
 }
 
 impl<'a> Reader<'a> {
@@ -144,11 +153,37 @@ impl<'a> Reader<'a> {
         bytes: &mut Vec<u8>,
         numbers: &mut [f32],
     ) -> Result<()> {
+        let module = &self.adapters[share.adapter].layout.modules[share.module];
+        self.tensor(share.adapter, module.tensor(factor), range, bytes, numbers)
+    }
+
+    /// The magnitudes of a DoRA module's rows; none of a plain one.
+    ///
+    /// # Errors
+    /// As `read`.
+    pub(crate) fn magnitude(&self, share: Share, bytes: &mut Vec<u8>) -> Result<Option<Vec<f64>>> {
+        let layout = &self.adapters[share.adapter].layout;
+        let read = |tensor: usize| {
+            let mut numbers = vec![0.0; layout.tensors[tensor].len()];
+            let all = 0..numbers.len();
+            self.tensor(share.adapter, tensor, all, bytes, &mut numbers)?;
+            Ok(numbers.into_iter().map(f64::from).collect())
+        };
+        layout.modules[share.module].magnitude.map(read).transpose()
+    }
+
+    fn tensor(
+        &self,
+        adapter: usize,
+        tensor: usize,
+        range: Range<usize>,
+        bytes: &mut Vec<u8>,
+        numbers: &mut [f32],
+    ) -> Result<()> {
         self.watch.go_on()?;
-        let adapter = self.adapters[share.adapter];
-        let layout = &adapter.layout;
-        let tensor = &layout.tensors[layout.modules[share.module].tensor(factor)];
-        let source = &self.sources[share.adapter];
+        let source = &self.sources[adapter];
+        let adapter = self.adapters[adapter];
+        let tensor = &adapter.layout.tensors[tensor];
         let numbers = &mut numbers[..range.len()];
         tensor.read(source, range.clone(), bytes, numbers).at(&adapter.path)?;
         source.release(&tensor.span(&range));

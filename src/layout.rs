@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::{error::Quoted, tensor::Tensor};
+use crate::{container::Opening, error::Quoted, tensor::Tensor};
 
 /// What every PEFT tensor name begins with.
 pub(crate) const PREFIX: &str = "base_model.model.";
@@ -40,6 +40,8 @@ pub struct Module {
     pub a: usize,
     /// `lora_B`, as an index into the layout's tensors.
     pub b: usize,
+    /// `lora_magnitude_vector` of DoRA, likewise.
+    pub magnitude: Option<usize>,
 }
 
 impl Module {
@@ -81,24 +83,28 @@ pub(crate) struct Fault {
 }
 
 impl Layout {
-    /// Pair the tensors up by their PEFT names, one for each; `drop` leaves out those that belong
-    /// to more than plain LoRA.
+    /// Pair the tensors up by their PEFT names, one for each.
     ///
     /// # Errors
     /// The first tensor that is no LoRA factor, lacks its other half, or does not fit it.
     pub(crate) fn of(
         named: Vec<(String, Tensor)>,
         mut notes: Vec<String>,
-        drop: bool,
+        opening: &Opening,
     ) -> Result<Self, Fault> {
-        let (left_out, kept): (Vec<_>, Vec<_>) =
-            named.into_iter().partition(|(name, _)| drop && is_beyond_plain(name));
+        let left_out = |(name, _): &(String, Tensor)| {
+            opening.drop_unsupported
+                && is_beyond_plain(name)
+                && !(opening.dora && magnitude_of(name).is_some())
+        };
+        let (left_out, kept): (Vec<_>, Vec<_>) = named.into_iter().partition(left_out);
         if let Some((first, _)) = left_out.first() {
             let (count, first) = (left_out.len(), Quoted(first));
             notes.push(format!("{count} tensors beyond plain LoRA left out, first {first}"));
         }
         let (names, tensors): (Vec<String>, Vec<Tensor>) = kept.into_iter().unzip();
         let mut halves: BTreeMap<(String, Kind), [Option<usize>; 2]> = BTreeMap::new();
+        let mut magnitudes: BTreeMap<String, usize> = BTreeMap::new();
         let mut unprefixed = false;
         let mut adapter_name = None;
         for (index, (name, tensor)) in names.iter().zip(&tensors).enumerate() {
@@ -107,13 +113,24 @@ impl Layout {
                 unprefixed = true;
                 name
             });
-            let part = Part::of(path).ok_or_else(|| fault(not_a_factor(path)))?;
+            let magnitude = magnitude_of(path).filter(|_| opening.dora);
+            let part = Part::of(path);
+            if part.is_none() && magnitude.is_none() {
+                return Err(fault(not_a_factor(path)));
+            }
             if !tensor.dtype.is_float() {
                 return Err(fault(format!(
                     "has type {}, expected F32, F16, BF16 or F64",
                     tensor.dtype
                 )));
             }
+            let Some(part) = part else {
+                let module = magnitude.unwrap_or_default();
+                if magnitudes.insert(module.to_owned(), index).is_some() {
+                    return Err(fault(format!("is a second magnitude of {}", Quoted(module))));
+                }
+                continue;
+            };
             let kind = match (part.embedding, tensor.shape.len()) {
                 (true, 2) => Kind::Embedding,
                 (false, 2) => Kind::Linear,
@@ -139,7 +156,12 @@ impl Layout {
         }
         let mut modules = Vec::with_capacity(halves.len());
         for ((name, kind), factors) in halves {
-            modules.push(module(name, kind, factors, &tensors)?);
+            let magnitude = magnitudes.remove(&name);
+            modules.push(module(name, kind, factors, magnitude, &tensors)?);
+        }
+        if let Some((name, tensor)) = magnitudes.pop_first() {
+            let reason = format!("the module {} has no lora_A and lora_B", Quoted(&name));
+            return Err(Fault { tensor: tensors[tensor].name.clone(), reason });
         }
         if let Some(odd) = modules.iter().find(|module| suspicious(&module.name)) {
             notes.push(format!("the module name {} is odd", Quoted(&odd.name)));
@@ -165,6 +187,7 @@ fn module(
     name: String,
     kind: Kind,
     factors: [Option<usize>; 2],
+    magnitude: Option<usize>,
     tensors: &[Tensor],
 ) -> Result<Module, Fault> {
     let (a, b) = match factors {
@@ -190,7 +213,19 @@ fn module(
     if rank == 0 {
         return fault("has rank 0".to_owned());
     }
-    Ok(Module { name, kind, rank, a, b })
+    if let Some(magnitude) = magnitude {
+        let fault = |reason| Err(Fault { tensor: tensors[magnitude].name.clone(), reason });
+        let (found, rows) = (&tensors[magnitude].shape, tensors[b].shape[0]);
+        if kind != Kind::Linear {
+            let reason = "is DoRA of an embedding or a convolution; only that of linear modules is \
+                          taken";
+            return fault(reason.to_owned());
+        }
+        if *found != [rows] {
+            return fault(format!("has shape {found:?}, expected [{rows}], the rows of lora_B"));
+        }
+    }
+    Ok(Module { name, kind, rank, a, b, magnitude })
 }
 
 /// A tensor name taken apart.
@@ -226,10 +261,20 @@ impl<'a> Part<'a> {
     }
 }
 
+/// The module whose DoRA magnitude a tensor is; old files have `.weight` or the adapter's name, or
+/// both, at the end.
+fn magnitude_of(path: &str) -> Option<&str> {
+    let (module, rest) = path.rsplit_once(".lora_magnitude_vector")?;
+    let rest = rest.strip_suffix(".weight").unwrap_or(rest);
+    let plain = rest.is_empty() || rest.starts_with('.') && !rest[1..].contains('.');
+    plain.then_some(module)
+}
+
 /// Why a tensor cannot be summed as half of a LoRA module.
 fn not_a_factor(path: &str) -> String {
     let kind = if path.contains("lora_magnitude_vector") {
-        "a DoRA magnitude, which no sum of factors can hold (use_dora)"
+        "a DoRA magnitude, which no sum of factors can hold (use_dora): `svd` takes it with \
+         --base-weights"
     } else if path.contains("lora_B.bias") || path.contains("lora_A.bias") {
         "a bias of a factor (lora_bias)"
     } else if path.contains("lora_down") || path.contains("lora_up") || path.ends_with(".alpha") {
@@ -273,7 +318,7 @@ mod tests {
 
     fn layout(tensors: &[(&str, &[usize])]) -> Result<Layout, String> {
         let tensors = tensors.iter().map(|(name, shape)| tensor(name, shape)).collect();
-        Layout::of(tensors, vec![], false)
+        Layout::of(tensors, vec![], &Opening::default())
             .map_err(|fault| format!("{}: {}", fault.tensor, fault.reason))
     }
 
@@ -314,12 +359,42 @@ mod tests {
         let factors = [("m.q.lora_A.weight", [2, 4]), ("m.q.lora_B.weight", [6, 2])];
         let mut tensors: Vec<_> = beyond.iter().map(|name| tensor(name, &[6])).collect();
         tensors.extend(factors.iter().map(|(name, shape)| tensor(name, shape)));
-        let layout = Layout::of(tensors.clone(), vec![], true).ok().unwrap();
+        let drop = Opening { drop_unsupported: true, ..Opening::default() };
+        let with_dora = Opening { dora: true, ..drop.clone() };
+        let layout = Layout::of(tensors.clone(), vec![], &drop).ok().unwrap();
         assert_eq!((layout.modules.len(), layout.tensors.len()), (1, 2));
         assert!(layout.notes[0].contains("5 tensors beyond plain LoRA left out"));
-        assert!(Layout::of(tensors, vec![], false).is_err());
+        let layout = Layout::of(tensors.clone(), vec![], &with_dora).ok().unwrap();
+        assert_eq!((layout.modules[0].magnitude, layout.tensors.len()), (Some(0), 3));
+        assert!(Layout::of(tensors, vec![], &Opening::default()).is_err());
         for foreign in ["x.lora_down.weight", "x.lora_a", "mystery"] {
-            assert!(Layout::of(vec![tensor(foreign, &[6, 2])], vec![], true).is_err());
+            assert!(Layout::of(vec![tensor(foreign, &[6, 2])], vec![], &drop).is_err());
+        }
+    }
+
+    #[test]
+    fn a_magnitude_goes_with_its_module() {
+        let dora = |name: &str, shape: &[usize], inner: &[usize]| {
+            let a = [&[2], inner].concat();
+            let b = [&[6, 2][..], &vec![1; inner.len() - 1]].concat();
+            let tensors = [("x.lora_A.weight", &a[..]), ("x.lora_B.weight", &b), (name, shape)]
+                .map(|(name, shape)| tensor(name, shape));
+            let dora = Opening { dora: true, ..Opening::default() };
+            let found = Layout::of(tensors.into(), vec![], &dora);
+            found.map(|layout| layout.modules[0].magnitude).map_err(|fault| fault.reason)
+        };
+        for end in ["", ".weight", ".default", ".default.weight"] {
+            let name = format!("x.lora_magnitude_vector{end}");
+            assert_eq!(dora(&name, &[6], &[4]), Ok(Some(2)), "{name}");
+        }
+        for (name, shape, inner, expected) in [
+            ("x.lora_magnitude_vector", &[5][..], &[4][..], "expected [6]"),
+            ("x.lora_magnitude_vector", &[6], &[4, 3, 3], "convolution"),
+            ("y.lora_magnitude_vector", &[6], &[4], "`y` has no lora_A"),
+            ("x.lora_magnitude_vectors", &[6], &[4], "is a DoRA magnitude"),
+        ] {
+            let reason = dora(name, shape, inner).unwrap_err();
+            assert!(reason.contains(expected), "{reason}");
         }
     }
 

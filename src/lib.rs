@@ -2,10 +2,11 @@
 //!
 //! The flow, and the modules in its order: an [`adapter`] file is opened, its `container` told and
 //! the `header` (or that of [`gguf`]) checked, its tensors paired into a [`layout`]; a `bank` lays
-//! adapters side by side, tensors matched by name; [`blocks`] cuts the job to a memory budget; a
-//! `source` hands out bytes, mapped or read; [`merge`] sums them with the [`kernels`] of the machine,
-//! and a `writer` puts the result down, whole or not at all; `convert` puts one adapter down in
-//! another format. A [`Watch`] tells how far a job is, and stops it.
+//! adapters side by side, tensors matched by name, and the `base` lends the weights that DoRA
+//! changes; [`blocks`] cuts the job to a memory budget; a `source` hands out bytes, mapped or read;
+//! [`merge`] sums them with the [`kernels`] of the machine, and a `writer` puts the result down, whole
+//! or not at all; `convert` puts one adapter down in another format. A [`Watch`] tells how far a job
+//! is, and stops it.
 
 // Files are little-endian, and their bytes are used where they lie.
 #[cfg(target_endian = "big")]
@@ -13,6 +14,7 @@ compile_error!("lorameta runs on little-endian machines only");
 
 pub mod adapter;
 mod bank;
+mod base;
 pub mod blocks;
 mod container;
 mod convert;
@@ -38,6 +40,7 @@ mod watch;
 mod writer;
 
 pub use adapter::Adapter;
+pub use base::Base;
 pub use blocks::{Options, Plan};
 pub use container::{Container, Heads, Opening, file_tensors, gguf_metadata};
 pub use convert::{Conversion, convert};

@@ -8,4 +8,4 @@ mod svd;
 pub use cat::Cat;
 pub use soup::Soup;
 pub use sparse::{Dense, Majority, Rule, Sparse, Sparsity};
-pub use svd::{ITERATIONS, Kept, Rank, Svd};
+pub use svd::{ITERATIONS, Kept, Rank, Svd, dora_norms};

@@ -15,8 +15,8 @@ use pyo3::{
 };
 
 use crate::{
-    Cat, Container, Conversion, Dense, Dtype, Error, Heads, Io, Kept, Majority, Opening, Options,
-    Plan, Rank, Result, Rule, Soup, Sparse, Sparsity, Svd, Terms, Watch,
+    Base, Cat, Container, Conversion, Dense, Dtype, Error, Heads, Io, Kept, Majority, Opening,
+    Options, Plan, Rank, Result, Rule, Soup, Sparse, Sparsity, Svd, Terms, Watch,
     adapter::Adapter,
     gguf::{Metadata, Value, names},
     gram::{Gram, Space},
@@ -34,9 +34,9 @@ const PULSE: Duration = Duration::from_millis(40);
 mod _core {
     #[pymodule_export]
     use super::{
-        Outcome, PyAdapter, PyLayout, PyModule, PyPlan, combine, convert, cosines, file_tensors,
-        first_match, gguf_metadata, gguf_permutes, gguf_tensor_name, gram, norms, open_adapters,
-        peft_module_name, plan, scan, soup_errors,
+        Outcome, PyAdapter, PyLayout, PyModule, PyPlan, combine, convert, cosines, dora_norms,
+        file_tensors, first_match, gguf_metadata, gguf_permutes, gguf_tensor_name, gram, norms,
+        open_adapters, peft_module_name, plan, scan, soup_errors,
     };
 }
 
@@ -129,6 +129,7 @@ impl PyLayout {
                 Kind::Conv => "conv",
             },
             rank: module.rank,
+            dora: module.magnitude.is_some(),
             a_shape: shape(module.a),
             b_shape: shape(module.b),
             dtypes: [Factor::A, Factor::B]
@@ -158,6 +159,7 @@ struct PyModule {
     name: String,
     kind: &'static str,
     rank: usize,
+    dora: bool,
     a_shape: Vec<usize>,
     b_shape: Vec<usize>,
     dtypes: (String, String),
@@ -178,15 +180,16 @@ impl From<&Plan> for PyPlan {
 }
 
 #[pyfunction]
-#[pyo3(signature = (paths, drop_unsupported=false, heads=None, names=None))]
+#[pyo3(signature = (paths, drop_unsupported=false, heads=None, names=None, dora=false))]
 fn open_adapters<'py>(
     py: Python<'py>,
     paths: Vec<PathBuf>,
     drop_unsupported: bool,
     heads: Option<Heads>,
     names: Option<HashMap<String, String>>,
+    dora: bool,
 ) -> PyResult<Vec<Bound<'py, PyAny>>> {
-    let opening = Opening { drop_unsupported, heads, names };
+    let opening = Opening { drop_unsupported, heads, names, dora };
     let opened = py.detach(|| Adapter::open_all(&paths, &opening));
     let one = |opened| match opened {
         Ok(adapter) => Ok(Bound::new(py, PyAdapter(adapter))?.into_any()),
@@ -387,37 +390,60 @@ struct Outcome {
     kept: Vec<(String, f64, f64, bool)>,
 }
 
-#[pyfunction]
-fn plan(
-    py: Python<'_>,
+/// The attributes of `lorameta_rs.sums.Terms`.
+#[derive(FromPyObject)]
+struct Given {
     adapters: Vec<Py<PyAdapter>>,
     coefficients: Vec<Vec<Vec<f64>>>,
     strengths: Option<Vec<Vec<f64>>>,
-    settings: Settings,
-) -> PyResult<PyPlan> {
-    let adapters = unwrap(adapters);
+    base_weights: Vec<PathBuf>,
+}
+
+/// The same, read and opened: what `Terms` borrow.
+struct Opened {
+    adapters: Vec<Adapter>,
+    coefficients: Vec<Vec<Vec<f64>>>,
+    strengths: Option<Vec<Vec<f64>>>,
+    base: Option<Base>,
+}
+
+impl Given {
+    fn open(self) -> Result<Opened> {
+        let Self { adapters, coefficients, strengths, base_weights } = self;
+        let base = (!base_weights.is_empty()).then(|| Base::open(&base_weights)).transpose()?;
+        Ok(Opened { adapters: unwrap(adapters), coefficients, strengths, base })
+    }
+}
+
+impl Opened {
+    fn terms(&self) -> Result<Terms<'_>> {
+        let terms = Terms::new(&self.adapters, &self.coefficients, self.strengths.as_deref())?;
+        Ok(terms.with_base(self.base.as_ref()))
+    }
+}
+
+#[pyfunction]
+fn plan(py: Python<'_>, terms: Given, settings: Settings) -> PyResult<PyPlan> {
     let plan = || {
-        let terms = Terms::new(&adapters, &coefficients, strengths.as_deref())?;
+        let opened = terms.open()?;
+        let terms = opened.terms()?;
         Ok(PyPlan::from(Job::new(&terms, &settings)?.plan()))
     };
     py.detach(plan).map_err(|error| to_python(py, error))
 }
 
 #[pyfunction]
-#[pyo3(signature = (adapters, coefficients, strengths, outputs, settings, progress=None))]
+#[pyo3(signature = (terms, outputs, settings, progress=None))]
 fn combine(
     py: Python<'_>,
-    adapters: Vec<Py<PyAdapter>>,
-    coefficients: Vec<Vec<Vec<f64>>>,
-    strengths: Option<Vec<Vec<f64>>>,
+    terms: Given,
     outputs: Vec<PathBuf>,
     settings: Settings,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<(PyPlan, Vec<Outcome>)> {
-    let adapters = unwrap(adapters);
     let raise = |error| to_python(py, error);
-    let terms = py.detach(|| Terms::new(&adapters, &coefficients, strengths.as_deref()));
-    let terms = terms.map_err(raise)?;
+    let opened = py.detach(|| terms.open()).map_err(raise)?;
+    let terms = opened.terms().map_err(raise)?;
     let job = py.detach(|| Job::new(&terms, &settings)).map_err(raise)?;
     let dtype = settings.dtype().map_err(raise)?;
     let total = job.plan().bytes;
@@ -467,17 +493,10 @@ fn convert(
 }
 
 #[pyfunction]
-fn soup_errors(
-    py: Python<'_>,
-    adapters: Vec<Py<PyAdapter>>,
-    coefficients: Vec<Vec<Vec<f64>>>,
-    strengths: Option<Vec<Vec<f64>>>,
-    settings: Settings,
-) -> PyResult<Vec<f64>> {
-    let adapters = unwrap(adapters);
+fn soup_errors(py: Python<'_>, terms: Given, settings: Settings) -> PyResult<Vec<f64>> {
     interruptible(py, 0, None, |watch| {
-        let terms = Terms::new(&adapters, &coefficients, strengths.as_deref())?;
-        crate::gram::soup_errors(&terms, &settings.options()?, watch)
+        let opened = terms.open()?;
+        crate::gram::soup_errors(&opened.terms()?, &settings.options()?, watch)
     })
 }
 
@@ -524,6 +543,14 @@ fn gram(
         }
         let names = gram.modules().into_iter().map(|name| Some(name.to_owned()));
         Ok(names.zip(gram.of_modules(watch)?.into_iter().map(rows)).collect())
+    })
+}
+
+#[pyfunction]
+fn dora_norms(py: Python<'_>, terms: Given, settings: Settings) -> PyResult<Vec<Vec<f64>>> {
+    interruptible(py, 0, None, |watch| {
+        let opened = terms.open()?;
+        crate::merge::dora_norms(&opened.terms()?, &settings.options()?, watch)
     })
 }
 

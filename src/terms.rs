@@ -2,6 +2,7 @@
 
 use crate::{
     adapter::Adapter,
+    base::Base,
     error::{Error, Result},
 };
 
@@ -14,6 +15,8 @@ pub struct Terms<'a> {
     coefficients: Vec<Vec<Vec<f64>>>,
     /// For each adapter of `adapters` the scaling of ΔW in each module of its layout.
     strengths: Option<Vec<Vec<f64>>>,
+    /// The base's weights, which DoRA changes.
+    pub(crate) base: Option<&'a Base>,
 }
 
 impl<'a> Terms<'a> {
@@ -60,7 +63,19 @@ impl<'a> Terms<'a> {
             adapters: chosen.iter().map(|&i| &adapters[i]).collect(),
             coefficients: coefficients.iter().map(|row| of_chosen(row)).collect(),
             strengths: strengths.map(of_chosen),
+            base: None,
         })
+    }
+
+    /// The same with the base's weights, without which no sum takes DoRA.
+    pub fn with_base(self, base: Option<&'a Base>) -> Self {
+        Self { base, ..self }
+    }
+
+    /// # Errors
+    /// An adapter is DoRA, which `method` cannot take.
+    pub(crate) fn plain(&self, method: &str) -> Result<()> {
+        self.adapters.iter().try_for_each(|adapter| adapter.plain(&format!("`{method}`")))
     }
 
     /// The number of sums.

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from lorameta_rs import _core
 from lorameta_rs.errors import InvalidAdapter, InvalidSetting, LayoutMismatch, MissingFile
 from lorameta_rs.merge import Options
+from lorameta_rs.sums import Terms
 
 MALFORMED = Path(__file__).parent / "golden" / "malformed"
 WEIGHTS = "adapter_model.safetensors"
@@ -236,7 +237,7 @@ def test_arguments_that_contradict_each_other(make_bank, tmp_path):
         strengths = keywords.pop("strengths", None)
         settings = SimpleNamespace(**(vars(SOUP) | keywords))
         with pytest.raises(InvalidSetting, match=said):
-            _core.combine(adapters, each(rows), strengths, outs, settings)
+            _core.combine(Terms(adapters, each(rows), strengths), outs, settings)
     assert not any(tmp_path.iterdir())
 
 
@@ -245,17 +246,17 @@ def test_a_plan_reads_each_chosen_byte_once(make_bank):
     adapters = _core.open_adapters([written.weights(name) for name in "abc"])
     size = 3000 * 2 + 3000 * 4
     for rows, count in [([[1.0, 0.0, 0.0]], 1), ([[1.0, 0, 0], [0, 0, 1.0]], 2), ([[1, 1, 1]], 3)]:
-        assert _core.plan(adapters, each(rows), None, SOUP).bytes == count * size
+        assert _core.plan(Terms(adapters, each(rows)), SOUP).bytes == count * size
     small = SimpleNamespace(**(vars(SOUP) | {"memory": 1000, "threads": 1}))
     with pytest.raises(InvalidSetting, match=r"budget is 0 MiB, .* at least \d+ MiB.*--memory"):
-        _core.plan(adapters, each([[1, 1, 1]]), None, small)
+        _core.plan(Terms(adapters, each([[1, 1, 1]])), small)
 
 
 def test_shapes_that_differ(make_bank, tmp_path):
     written = make_bank({"a": {}, "b": {"modules": {"model.layers.0.self_attn.q_proj": (24, 25)}}})
     adapters = _core.open_adapters([written.weights(name) for name in "ab"])
     with pytest.raises(LayoutMismatch) as caught:
-        _core.combine(adapters, each([[1.0, 1.0]]), None, [tmp_path / "out"], SOUP)
+        _core.combine(Terms(adapters, each([[1.0, 1.0]])), [tmp_path / "out"], SOUP)
     for said in (str(written.weights("b")), Q_B, "[25, 2]", str(written.weights("a")), "[24, 2]"):
         assert said in str(caught.value)
 
@@ -266,7 +267,7 @@ def test_one_file_for_each_target(make_bank, tmp_path):
     outs = [tmp_path / "one", tmp_path / "two"]
     rows = [[0.5, 0.25, 0.0], [0.0, -1.0, 2.0]]
     strengths = [[1.0] * 4, [2.0, 3.0, 4.0, 5.0], [0.5] * 4]
-    _core.combine(adapters, each(rows), strengths, outs, SOUP)
+    _core.combine(Terms(adapters, each(rows), strengths), outs, SOUP)
     modules = [module.name for module in adapters[0].layout.modules]
 
     def strength(i, tensor):

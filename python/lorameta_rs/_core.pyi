@@ -10,6 +10,7 @@ from typing import final
 
 from lorameta_rs.errors import LoraMetaError
 from lorameta_rs.merge import Options
+from lorameta_rs.sums import Terms
 
 @final
 class Adapter:
@@ -57,6 +58,8 @@ class Module:
     @property
     def rank(self) -> int: ...
     @property
+    def dora(self) -> bool: ...
+    @property
     def a_shape(self) -> list[int]: ...
     @property
     def b_shape(self) -> list[int]: ...
@@ -92,6 +95,7 @@ def open_adapters(
     drop_unsupported: bool = False,
     heads: tuple[int, int] | None = None,
     names: Mapping[str, str] | None = None,
+    dora: bool = False,
 ) -> list[Adapter | LoraMetaError]: ...
 def file_tensors(path: str | PathLike[str]) -> list[tuple[str, str, list[int], int, int]]: ...
 def gguf_metadata(path: str | PathLike[str]) -> dict[str, str | int | float | bool]: ...
@@ -100,16 +104,9 @@ def peft_module_name(tensor: str, architecture: str) -> str | None: ...
 def gguf_permutes(architecture: str) -> bool: ...
 def first_match(patterns: Sequence[str], names: Sequence[str]) -> list[int | None]: ...
 def scan(adapter: Adapter) -> list[tuple[str, str]]: ...
-def plan(
-    adapters: Sequence[Adapter],
-    coefficients: Sequence[Sequence[Sequence[float]]],
-    strengths: Sequence[Sequence[float]] | None,
-    settings: Options,
-) -> Plan: ...
+def plan(terms: Terms, settings: Options) -> Plan: ...
 def combine(
-    adapters: Sequence[Adapter],
-    coefficients: Sequence[Sequence[Sequence[float]]],
-    strengths: Sequence[Sequence[float]] | None,
+    terms: Terms,
     outputs: Sequence[str | PathLike[str]],
     settings: Options,
     progress: Callable[[int, int], object] | None = None,
@@ -129,12 +126,7 @@ def convert(
     metadata: Mapping[str, str | int | float | bool] = ...,
     progress: Callable[[int, int], object] | None = None,
 ) -> None: ...
-def soup_errors(
-    adapters: Sequence[Adapter],
-    coefficients: Sequence[Sequence[Sequence[float]]],
-    strengths: Sequence[Sequence[float]] | None,
-    settings: Options,
-) -> list[float]: ...
+def soup_errors(terms: Terms, settings: Options) -> list[float]: ...
 def norms(
     adapters: Sequence[Adapter],
     settings: Options,
@@ -147,4 +139,5 @@ def gram(
     settings: Options,
     progress: Callable[[int, int], object] | None = None,
 ) -> list[tuple[str | None, list[list[float]]]]: ...
+def dora_norms(terms: Terms, settings: Options) -> list[list[float]]: ...
 def cosines(adapters: Sequence[Adapter], module: str, settings: Options) -> list[list[float]]: ...

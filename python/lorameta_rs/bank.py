@@ -56,6 +56,7 @@ class Bank:
         columns: Sequence[str] | str | None = None,
         exclude: Sequence[str] | str = (),
         drop_unsupported: bool = False,
+        base_weights: str | os.PathLike[str] | None = None,
     ) -> None:
         """Read the configuration and header of every adapter in `folder`.
 
@@ -69,6 +70,8 @@ class Bank:
             exclude: Members to leave out; names, or patterns such as `task1*`.
             drop_unsupported: Take the factors alone of members that are more than plain LoRA:
                 DoRA, biases, whole weights, trained tokens.
+            base_weights: The base model's safetensors, or the folder that holds them; with it DoRA
+                members are taken as they are.
 
         Raises:
             MissingFile, UnreadableFile: The folder cannot be read.
@@ -76,6 +79,7 @@ class Bank:
         """
         self.folder = Path(folder)
         self.drop_unsupported = drop_unsupported
+        self.base_weights = None if base_weights is None else Path(base_weights)
         self.columns = None if columns is None else _several(columns)
         self._fingerprints_folder = None if fingerprints is None else Path(fingerprints)
         self._kept = BankFingerprints(self, self._fingerprints_folder)
@@ -100,7 +104,9 @@ class Bank:
             self.left_out[name] = InvalidBank(
                 f"`{self.folder / name}`: the folder's name is not UTF-8; give it another"
             )
-        opened_members = open_members(folders, drop_unsupported, heads_in(self.folder))
+        opened_members = open_members(
+            folders, drop_unsupported, heads_in(self.folder), dora=base_weights is not None
+        )
         for one, opened in zip(folders, opened_members, strict=True):
             if isinstance(opened, Member):
                 self.members.append(opened)

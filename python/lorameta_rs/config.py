@@ -37,7 +37,8 @@ _LONGEST_REGEX = 2**14  # compiled in a tenth of a second
 
 # Fields by which an adapter is more than its LoRA factors, and what it is.
 _NOT_PLAIN_LORA = {
-    "use_dora": "DoRA rescales the base's weights by its `lora_magnitude_vector` tensors",
+    "use_dora": "DoRA rescales the base's weights by its `lora_magnitude_vector` tensors; "
+    "--base-weights lends them",
     "lora_bias": "`lora_B.bias` tensors are no part of the product of B and A",
     "modules_to_save": "whole weights that replace the base's cannot be summed",
     "trainable_token_indices": "embedding rows that replace the base's cannot be summed",
@@ -75,6 +76,7 @@ class AdapterConfig:
         rank_pattern: Ranks by regular expression over module names; the first that matches counts.
         alpha_pattern: Alphas, likewise.
         fan_in_fan_out: Whether the base stores these weights [in, out], as GPT-2 does.
+        use_dora: Whether a magnitude for each row of the base's weights was trained as well.
         target_modules: Names, or one regular expression, or `all-linear`.
         layer_replication: Ranges of layers that the base repeats.
         extra: All other fields, as they were found.
@@ -91,34 +93,43 @@ class AdapterConfig:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     fan_in_fan_out: bool = False
+    use_dora: bool = False
     target_modules: list[str] | str | None = None
     layer_replication: list[object] | None = None
     extra: dict[str, object] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
     @classmethod
-    def load(cls, source: str | os.PathLike[str], drop_unsupported: bool = False) -> AdapterConfig:
+    def load(
+        cls,
+        source: str | os.PathLike[str],
+        drop_unsupported: bool = False,
+        dora: bool = False,
+    ) -> AdapterConfig:
         """Read an adapter's configuration.
 
         Args:
             source: The adapter's folder, or the file itself.
             drop_unsupported: Take what is more than plain LoRA as if it were not there, and warn.
+            dora: Take DoRA as it is.
 
         Raises:
             MissingFile: There is no such file.
             UnreadableFile: The operating system refused it.
             InvalidAdapter: It is not a configuration, or not one of a plain LoRA adapter.
         """
-        return cls.parse(*_read(Path(source)), drop_unsupported)
+        return cls.parse(*_read(Path(source)), drop_unsupported, dora)
 
     @classmethod
-    def parse(cls, path: Path, data: bytes, drop_unsupported: bool = False) -> AdapterConfig:
+    def parse(
+        cls, path: Path, data: bytes, drop_unsupported: bool = False, dora: bool = False
+    ) -> AdapterConfig:
         """The configuration that `data`, which was found in `path`, holds.
 
         Raises:
             InvalidAdapter: As `load`.
         """
-        fields = _Fields(path, data, drop_unsupported)
+        fields = _Fields(path, data, drop_unsupported, dora)
         return cls(
             path=path,
             peft_type=fields.peft_type(),
@@ -130,6 +141,7 @@ class AdapterConfig:
             rank_pattern=fields.pattern("rank_pattern", fields.rank),
             alpha_pattern=fields.pattern("alpha_pattern", fields.alpha),
             fan_in_fan_out=fields.fan_in_fan_out(),
+            use_dora=fields.use_dora(),
             target_modules=fields.target_modules(),
             layer_replication=fields.layer_replication(),
             extra=fields.remaining(),
@@ -303,9 +315,10 @@ def _parse(path: Path, data: bytes) -> tuple[dict[str, object], list[str]]:
 class _Fields:
     """The fields of one file, taken out one by one; every complaint names file and field."""
 
-    def __init__(self, path: Path, data: bytes, drop_unsupported: bool) -> None:
+    def __init__(self, path: Path, data: bytes, drop_unsupported: bool, dora: bool) -> None:
         self.path = path
         self.drop_unsupported = drop_unsupported
+        self.dora = dora
         self.warnings: list[str] = []
         self.fields, repeated = _parse(path, data)
         if data.startswith(codecs.BOM_UTF8):
@@ -327,10 +340,14 @@ class _Fields:
             self.warnings.append('`peft_type` is missing, taken as "LORA": PEFT requires it')
         elif value != "LORA":
             self._fail("peft_type", value, '"LORA"', "leave this adapter out: it is not LoRA")
+        if self.dora and self.fields.get("use_dora") and self.fields.get("fan_in_fan_out"):
+            reason = "DoRA of weights that are stored [in, out] (`fan_in_fan_out`) is not supported"
+            self._not_plain("use_dora", True, reason)
+            self.dora = False
         if (bias := self.fields.get("bias")) not in (None, "none"):
             self._not_plain("bias", bias, "trained biases are no part of the product of B and A")
         for name, reason in _NOT_PLAIN_LORA.items():
-            if value := self.fields.get(name):
+            if (value := self.fields.get(name)) and not (name == "use_dora" and self.dora):
                 self._not_plain(name, value, reason)
         return "LORA"
 
@@ -390,6 +407,13 @@ class _Fields:
         if value:
             self.warnings.append("`fan_in_fan_out` is true: it fits only a base of Conv1D layers")
         return value
+
+    def use_dora(self) -> bool:
+        """Whether it is DoRA, where that is taken."""
+        if self.dora:
+            return self.flag("use_dora")
+        self.fields.pop("use_dora", None)
+        return False
 
     def target_modules(self) -> list[str] | str | None:
         value = self.fields.pop("target_modules", None)

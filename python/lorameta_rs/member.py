@@ -62,17 +62,19 @@ def open_members(
     folders: Sequence[Path],
     drop_unsupported: bool = False,
     heads: tuple[int, int] | None = None,
+    *,
+    dora: bool = False,
 ) -> list[Member | LoraMetaError]:
     """Each folder's adapter, or what is wrong with it; the headers are read in parallel.
 
     A folder is one of PEFT, or holds one GGUF file. `drop_unsupported` takes the factors alone of
     adapters that are more than plain LoRA; `heads` are the base model's, of queries and of keys,
-    for GGUF files that need them and do not say them.
+    for GGUF files that need them and do not say them; `dora` takes DoRA as it is.
     """
-    found = [_files(folder, drop_unsupported) for folder in folders]
+    found = [_files(folder, drop_unsupported, dora) for folder in folders]
     sound = [i for i, one in enumerate(found) if not isinstance(one, LoraMetaError)]
     paths = [os.fspath(one[0]) for one in found if not isinstance(one, LoraMetaError)]
-    opened = _core.open_adapters(paths, drop_unsupported, heads)
+    opened = _core.open_adapters(paths, drop_unsupported, heads, dora=dora)
     members = dict(zip(sound, opened, strict=True))
     return [
         one if isinstance(one, LoraMetaError) else _member(folder, one[1], members[i])
@@ -96,12 +98,12 @@ def gguf_member(name: str, folder: Path, adapter: _core.Adapter) -> Member:
 
 
 def _files(
-    folder: Path, drop_unsupported: bool
+    folder: Path, drop_unsupported: bool, dora: bool
 ) -> tuple[Path, AdapterConfig | None] | LoraMetaError:
     """The weights of a folder, and their configuration where it is a file; or what is wrong."""
     try:
         if os.path.lexists(folder / WEIGHTS):
-            return folder / WEIGHTS, AdapterConfig.load(folder, drop_unsupported)
+            return folder / WEIGHTS, AdapterConfig.load(folder, drop_unsupported, dora)
         if (folder / GGUF_WEIGHTS).exists():
             return folder / GGUF_WEIGHTS, None
         others = sorted(folder.glob(f"*{GGUF}")) if folder.is_dir() else []
@@ -156,6 +158,13 @@ def _disagreement(member: Member) -> InvalidAdapter | None:
         _ = member.scalings
     except InvalidAdapter as error:
         return error
+    declared = member.config.use_dora
+    for module in member.modules:
+        if module.dora != declared:
+            return InvalidAdapter(
+                f"`{member.folder / FILE_NAME}`: `use_dora` is {str(declared).lower()}, "
+                f"`{module.name}` has {'a' if module.dora else 'no'} magnitude in `{WEIGHTS}`"
+            )
     for module, rank in zip(member.modules, expected, strict=True):
         if module.rank != rank:
             config = member.config

@@ -190,7 +190,7 @@ def plan(bank: Bank, jobs: Sequence[Job], options: Options | None = None) -> Mer
     if "gguf" in options.formats:
         known_base(options.base, bank.folder)
     run = replace(options, method=sums.method, normalize=sums.normalize)
-    planned = _core.plan(sums.adapters, sums.coefficients, sums.strengths, run)
+    planned = _core.plan(sums.terms, run)
     return Merged(planned, sums.method, sums.soup_error, [])
 
 
@@ -238,9 +238,7 @@ def merge(
             stages_of = [{to: next(left) for to in folders} for folders in places]
             first = [next(iter(folders.values())) for folders in stages_of]
             done, outcomes = _core.combine(
-                sums.adapters,
-                sums.coefficients,
-                sums.strengths,
+                sums.terms,
                 [os.fspath(stage / WEIGHTS) for stage in first],
                 run,
                 progress,

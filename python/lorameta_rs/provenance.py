@@ -188,6 +188,8 @@ def provenance(
     }
     if (base := options.base or Base.known(None, bank.folder)) is not None:
         settings["base"] = base.table
+    if bank.base_weights is not None:
+        settings["base_weights"] = str(bank.base_weights.absolute())
     if job.modules:
         settings["modules"] = list(job.modules)
     if job.refined is not None:

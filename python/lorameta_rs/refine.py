@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lorameta_rs import _core, files
+from lorameta_rs.base_weights import weight_files
 from lorameta_rs.cache import Cache
 from lorameta_rs.dataset import Example, examples
 from lorameta_rs.errors import InvalidDataset, InvalidSetting
@@ -229,7 +230,9 @@ def _as_coefficients(
     if normalize == "none":
         merged = plain
     else:
-        (merged,) = unit_coefficients([plain], delta_norms(members, Index.of(bank)))
+        weights_of_base = weight_files(bank.base_weights)
+        norms = delta_norms(members, Index.of(bank), base_weights=weights_of_base)
+        (merged,) = unit_coefficients([plain], norms)
     table = np.zeros((len(bank), len(names)))
     for i, member, row in zip(used, members, merged, strict=True):
         for module, coefficient in zip(member.modules, row, strict=True):

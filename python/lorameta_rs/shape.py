@@ -10,6 +10,7 @@ from lorameta_rs import _core
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from lorameta_rs.index import Index
     from lorameta_rs.member import Member
@@ -23,32 +24,57 @@ def delta_norms(
     members: Sequence[Member],
     index: Index | None = None,
     progress: Callable[[int, int], object] | None = None,
+    base_weights: Sequence[Path] = (),
 ) -> list[dict[str, float]]:
     """‖ΔW‖ (Frobenius) of each module of each member, by the module's name.
 
     From the r × r Gram matrices of A and B: ‖s B A‖² = s² ⟨BᵀB, A Aᵀ⟩. Members whose norms `index`
-    has are not read again.
+    has are not read again. Those of DoRA members take a pass over `base_weights`, the base's files.
 
     Raises:
         UnreadableFile, NotFinite: A member cannot be read.
     """
+    dora = [member for member in members if member.config.use_dora]
+    plain = [member for member in members if not member.config.use_dora]
+    of_dora = iter(_dora_norms(dora, base_weights))
+    of_plain = iter(_plain_norms(plain, index, progress))
+    norms = [next(of_dora if member.config.use_dora else of_plain) for member in members]
+    return [
+        {module.name: norm for module, norm in zip(member.modules, own, strict=True)}
+        for member, own in zip(members, norms, strict=True)
+    ]
+
+
+def _plain_norms(
+    members: Sequence[Member],
+    index: Index | None,
+    progress: Callable[[int, int], object] | None,
+) -> list[list[float]]:
     from lorameta_rs.merge import Options
 
     products = [None if index is None else index.norms(member) for member in members]
-    unknown = [i for i, own in enumerate(products) if own is None]
-    adapters = [members[i].adapter for i in unknown]
-    found = _core.norms(adapters, Options(threads=1), progress)
-    for i, own in zip(unknown, found, strict=True):
-        products[i] = own
+    unknown = [member.adapter for member, own in zip(members, products, strict=True) if own is None]
+    found = iter(_core.norms(unknown, Options(threads=1), progress))
     return [
-        {
-            module.name: abs(scaling) * norm
-            for module, scaling, norm in zip(
-                member.modules, member.scalings, own or [], strict=True
+        [
+            abs(scaling) * norm
+            for scaling, norm in zip(
+                member.scalings, next(found) if own is None else own, strict=True
             )
-        }
+        ]
         for member, own in zip(members, products, strict=True)
     ]
+
+
+def _dora_norms(members: Sequence[Member], base_weights: Sequence[Path]) -> list[list[float]]:
+    from lorameta_rs.merge import Options
+    from lorameta_rs.sums import Terms
+
+    if not members:
+        return []
+    adapters, strengths = [one.adapter for one in members], [one.scalings for one in members]
+    terms = Terms(adapters, [[[1.0]] * len(members)], strengths, base_weights)
+    return _core.dora_norms(terms, Options(threads=1))
 
 
 def shared_a(members: Sequence[Member]) -> list[list[int]]:

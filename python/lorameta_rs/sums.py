@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lorameta_rs import _core
+from lorameta_rs.base_weights import weight_files
 from lorameta_rs.errors import InvalidSetting, LayoutMismatch
 from lorameta_rs.index import Index
 from lorameta_rs.shape import delta_norms
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from lorameta_rs._metrics import Floats
     from lorameta_rs.bank import Bank
@@ -25,14 +27,30 @@ LARGEST_SOUP_ERROR = 0.01
 
 
 @dataclass(frozen=True, eq=False)
+class Terms:
+    """The terms of sums, as the core takes them.
+
+    Attributes:
+        adapters: The files of the members that any sum uses, opened.
+        coefficients: For each sum and member one number, or one a module of the member.
+        strengths: For each member and module the scaling of ΔW that goes into the tensors; None if
+            `alpha` says it.
+        base_weights: The base's files, which DoRA members need.
+    """
+
+    adapters: Sequence[_core.Adapter]
+    coefficients: Sequence[Sequence[Sequence[float]]]
+    strengths: Sequence[Sequence[float]] | None = None
+    base_weights: Sequence[Path] = ()
+
+
+@dataclass(frozen=True, eq=False)
 class Sums:
     """The sums that the core makes in one pass, one for each job.
 
     Attributes:
         members: Those that any job uses.
-        coefficients: For each job and member one number, or one a module of the member.
-        strengths: For each member and module the scaling of ΔW that goes into the tensors; None if
-            `alpha` says it.
+        terms: What the core takes of them.
         method: The method, chosen if it was `auto`.
         normalize: What is done with the members' norms, chosen if it was not given.
         soup_error: How far `soup` would be from the exact sum, at most of all jobs; None if that
@@ -42,18 +60,12 @@ class Sums:
     """
 
     members: list[Member]
-    coefficients: list[list[list[float]]]
-    strengths: list[list[float]] | None
+    terms: Terms
     method: str
     normalize: str
     soup_error: float | None
     rank: int | None
     alpha: float | None
-
-    @property
-    def adapters(self) -> list[_core.Adapter]:
-        """The members' files, opened."""
-        return [member.adapter for member in self.members]
 
     @classmethod
     def of(cls, bank: Bank, jobs: Sequence[Job], options: Options) -> Sums:
@@ -62,6 +74,7 @@ class Sums:
         Raises:
             InvalidSetting: Coefficients are not finite, all zero, or for another bank.
             LayoutMismatch: `soup` was asked for, and the members differ in rank.
+            MissingFile, UnreadableFile: The base's weights cannot be read.
         """
         rows = [_checked(job, bank) for job in jobs]
         used = np.flatnonzero(np.any([row.any(axis=1) for row in rows], axis=0))
@@ -70,17 +83,23 @@ class Sums:
             [_per_module(job, row[i], member) for i, member in zip(used, members, strict=True)]
             for job, row in zip(jobs, rows, strict=True)
         ]
-        scalings = [member.scalings for member in members]
+        terms = Terms(
+            [member.adapter for member in members],
+            coefficients,
+            [member.scalings for member in members],
+            weight_files(bank.base_weights),
+        )
         normalize = options.normalize or _normalization(jobs, options)
-        options = replace(options, normalize=normalize)
-        method, error = _method(members, coefficients, scalings, options)
+        method, error = _method(members, terms, replace(options, normalize=normalize))
         rank = _common_rank(members)
         if normalize == "unit":
-            coefficients = unit_coefficients(coefficients, delta_norms(members, Index.of(bank)))
+            norms = delta_norms(members, Index.of(bank), base_weights=terms.base_weights)
+            terms = replace(terms, coefficients=unit_coefficients(coefficients, norms))
         if method != "soup":
-            return cls(members, coefficients, scalings, method, normalize, error, rank, None)
+            return cls(members, terms, method, normalize, error, rank, None)
         alpha, strengths = common_scaling(members, _one_rank(members))
-        return cls(members, coefficients, strengths, method, normalize, error, rank, alpha)
+        terms = replace(terms, strengths=strengths)
+        return cls(members, terms, method, normalize, error, rank, alpha)
 
 
 def _normalization(jobs: Sequence[Job], options: Options) -> str:
@@ -115,20 +134,15 @@ def _per_module(job: Job, row: Floats, member: Member) -> list[float]:
     return [0.0 if match is None else float(row[match]) for match in found]
 
 
-def _method(
-    members: Sequence[Member],
-    coefficients: list[list[list[float]]],
-    scalings: list[list[float]],
-    options: Options,
-) -> tuple[str, float | None]:
+def _method(members: Sequence[Member], terms: Terms, options: Options) -> tuple[str, float | None]:
     """The method, and the error of `soup` where the choice depended on it."""
     if options.method != "auto":
         return options.method, None
     fixed = options.rank is not None or options.energy is not None or options.normalize != "none"
-    if fixed or _common_rank(members) is None:
+    dora = any(member.config.use_dora for member in members)
+    if fixed or dora or _common_rank(members) is None:
         return "svd", None
-    adapters = [member.adapter for member in members]
-    error = max(_core.soup_errors(adapters, coefficients, scalings, options))
+    error = max(_core.soup_errors(terms, options))
     # Written so that NaN, which only `allow_nan` lets in, goes into the sum that can hold it.
     return ("svd" if error > LARGEST_SOUP_ERROR else "soup"), error
 

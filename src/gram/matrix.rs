@@ -60,6 +60,7 @@ impl<'a> Gram<'a> {
     /// not a strength for each module.
     pub fn new(adapters: &'a [Adapter], space: Space<'a>, options: Options) -> Result<Self> {
         let adapters: Vec<&Adapter> = adapters.iter().collect();
+        adapters.iter().try_for_each(|adapter| adapter.plain("an inner product of factors"))?;
         let joints = joint_modules(&adapters)?;
         let (way, tasks, need, bytes) = match space {
             Space::Parameters => {

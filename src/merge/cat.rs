@@ -28,6 +28,7 @@ impl<'a> Cat<'a> {
     /// # Errors
     /// The adapters' modules fit different base models; the memory budget is too small.
     pub fn new(terms: &'a Terms<'a>, options: Options) -> Result<Self> {
+        terms.plain("cat")?;
         let joints = joint_modules(&terms.adapters)?;
         let factor = |joint: &Joint| {
             let rank = joint.holders.iter().map(|share| share.rank).max().unwrap_or(0);

@@ -34,6 +34,7 @@ impl<'a> Soup<'a> {
     /// # Errors
     /// The adapters differ in shape; the memory budget is too small.
     pub fn new(terms: &'a Terms<'a>, options: Options) -> Result<Self> {
+        terms.plain("soup")?;
         let bank = Bank::new(terms.adapters.clone())?;
         let plan = Plan::new(&bank, terms.targets(), &options)?;
         Ok(Self { terms, bank, options, plan })

@@ -47,6 +47,18 @@ pub enum Rule {
     DareTies,
 }
 
+impl Rule {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Linear => "linear",
+            Self::MagnitudePrune => "magnitude_prune",
+            Self::Ties => "ties",
+            Self::DareLinear => "dare_linear",
+            Self::DareTies => "dare_ties",
+        }
+    }
+}
+
 /// Which sign most have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Majority {
@@ -121,6 +133,7 @@ impl<'a> Sparse<'a> {
     /// memory budget is too small.
     pub fn new(terms: &'a Terms<'a>, sparsity: Sparsity, options: Options) -> Result<Self> {
         sparsity.check()?;
+        terms.plain(sparsity.rule.name())?;
         let joints = joint_modules(&terms.adapters)?;
         joints.iter().try_for_each(|joint| equal_ranks(terms, joint))?;
         let masks = Masks::hashed(&terms.adapters, &sparsity);

@@ -1,6 +1,7 @@
 //! `svd`: the best approximation of Σ c_i s_i B_i A_i of a given rank, without ever forming it.
 
 pub(super) mod dense;
+mod dora;
 mod sketch;
 mod stacked;
 #[cfg(test)]
@@ -10,6 +11,7 @@ use std::{path::PathBuf, sync::Mutex};
 
 use crate::{
     Dtype,
+    base::{Base, Weight},
     blocks::{Options, Plan},
     error::{Error, Result},
     joint::{Joint, Reader, each_on_threads, joint_modules},
@@ -19,6 +21,7 @@ use crate::{
     watch::Watch,
     writer::Writer,
 };
+pub use dora::dora_norms;
 use sketch::Sketch;
 use stacked::Stacked;
 
@@ -72,6 +75,8 @@ struct Low {
 pub struct Svd<'a> {
     terms: &'a Terms<'a>,
     joints: Vec<Joint>,
+    /// For each module what DoRA adapters change there.
+    weights: Vec<Option<Weight<'a>>>,
     rank: Rank,
     sketch: Sketch,
     options: Options,
@@ -82,12 +87,12 @@ pub struct Svd<'a> {
 
 impl<'a> Svd<'a> {
     /// Prepare the sums of `terms`. Modules whose ranks add up to more than can be decomposed
-    /// exactly are sketched: with random numbers from `seed`, and as many power iterations as
-    /// `iterations`.
+    /// exactly are sketched, as are those of DoRA, whose ΔW has full rank: with random numbers from
+    /// `seed`, and as many power iterations as `iterations`.
     ///
     /// # Errors
     /// The adapters' modules fit different base models; the rank cannot be; the memory budget is
-    /// too small.
+    /// too small; the base's weights of a DoRA module are not given, or do not fit.
     pub fn new(
         terms: &'a Terms<'a>,
         rank: Rank,
@@ -105,10 +110,14 @@ impl<'a> Svd<'a> {
             }
         };
         let joints = joint_modules(&terms.adapters)?;
+        let weights =
+            joints.iter().map(|joint| weight(terms, joint)).collect::<Result<Vec<_>>>()?;
         let targets = terms.targets();
         let sketch = Sketch { rank: widest, seed, iterations };
         let exact_need = |joint: &Joint| Stacked::need(joint, widest, targets);
-        let sketch_need = |joint: &Joint| sketch.need(joint, targets);
+        let sketch_need = |joint: &Joint| {
+            sketch.need(joint, targets) + if joint.dora { dora::need(joint, targets) } else { 0 }
+        };
         let mut exact = EXACT;
         let need = |exact: usize| {
             let one =
@@ -117,14 +126,20 @@ impl<'a> Svd<'a> {
         };
         // A sketch takes less; without room for the largest core, all that are as large are sketched.
         if need(exact) > options.memory {
-            let fits = joints.iter().filter(|joint| exact_need(joint) > options.memory);
+            let fits = joints
+                .iter()
+                .filter(|joint| is_exact(joint, exact) && exact_need(joint) > options.memory);
             exact = fits.map(Joint::ranks).min().map_or(exact, |ranks| ranks - 1).min(exact);
         }
         let passes = if matches!(rank, Rank::Energy(_)) { 2 } else { 1 };
         let times =
             |joint: &Joint| passes * if is_exact(joint, exact) { 1 } else { sketch.passes() };
-        let plan = Plan::of_modules(&terms.adapters, &joints, times, need(exact), &options)?;
-        Ok(Self { terms, joints, rank, sketch, options, plan, exact })
+        let mut plan = Plan::of_modules(&terms.adapters, &joints, times, need(exact), &options)?;
+        let of_base = |(joint, weight): (&Joint, &Option<Weight<'_>>)| {
+            passes * weight.map_or(0, |weight| dora::reads(terms, joint, weight, sketch.passes()))
+        };
+        plan.bytes += joints.iter().zip(&weights).map(of_base).sum::<u64>();
+        Ok(Self { terms, joints, weights, rank, sketch, options, plan, exact })
     }
 
     /// What the job will read and take.
@@ -171,12 +186,15 @@ impl<'a> Svd<'a> {
                 put(&self.joints, writer, (index, Factor::A), 0, a, checks)?;
                 put(&self.joints, writer, (index, Factor::B), 0, &b, checks)?;
                 let kept: f64 = low.values.iter().take(rows).map(|s| s * s).sum();
+                // A sketch of DoRA has measured it.
+                let exact = exact || joint.dora;
                 let energy = if exact { low.energy } else { low.energy.max(kept) };
                 Ok(Kept { module: joint.module.name.clone(), energy, kept, exact })
             };
             lows.iter().zip(&writers).zip(&ranks).map(one).collect::<Result<Vec<_>>>()
         })?;
         reader.still_unchanged()?;
+        self.terms.base.map_or(Ok(()), Base::still_unchanged)?;
         writers.into_iter().try_for_each(Writer::finish)?;
         let of = |target: usize| found.iter().map(|module| module[target].clone()).collect();
         Ok(ranks.iter().enumerate().map(|(target, &rank)| (rank, of(target))).collect())
@@ -184,7 +202,7 @@ impl<'a> Svd<'a> {
 
     /// Each target's rank.
     fn ranks(&self, reader: &Reader<'_>, watch: &Watch) -> Result<Vec<usize>> {
-        let most = self.joints.iter().map(Joint::ranks).max().unwrap_or(0);
+        let most = self.joints.iter().map(Joint::most).max().unwrap_or(0);
         let share = match self.rank {
             Rank::Fixed(rank) => return Ok(vec![rank.min(most); self.terms.targets()]),
             Rank::Energy(share) => share,
@@ -235,7 +253,8 @@ impl<'a> Svd<'a> {
             let lows = if is_exact(joint, self.exact) {
                 Stacked::read(reader, joint, bytes)?.lows(self.terms, joint, rank)?
             } else {
-                self.sketch.lows(reader, self.terms, joint, rank, bytes)?
+                let weight = self.weights[index];
+                self.sketch.lows(reader, self.terms, joint, weight, rank, bytes)?
             };
             let made = use_of(index, &lows)?;
             found.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push((index, made));
@@ -248,5 +267,23 @@ impl<'a> Svd<'a> {
 }
 
 fn is_exact(joint: &Joint, most: usize) -> bool {
-    joint.ranks() <= most
+    joint.ranks() <= most && !joint.dora
+}
+
+/// The base's weight of a module that any adapter changes by DoRA.
+///
+/// # Errors
+/// It is not given, or does not fit.
+fn weight<'a>(terms: &'a Terms<'a>, joint: &Joint) -> Result<Option<Weight<'a>>> {
+    if !joint.dora {
+        return Ok(None);
+    }
+    let Some(base) = terms.base else {
+        return Err(Error::Setting(format!(
+            "`{}` has DoRA members, which need --base-weights",
+            joint.module.name
+        )));
+    };
+    let adapter = &terms.adapters[joint.holders[0].adapter].path;
+    base.weight(&joint.module.name, [joint.outer, joint.columns()], adapter).map(Some)
 }

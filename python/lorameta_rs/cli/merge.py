@@ -330,8 +330,10 @@ def _repeated(
     settings = record.settings
     base = arguments["base_model"] or settings["base_model"] or ANY_BASE
     folder = bank or Path(settings["bank"])
-    drop = settings.get("drop_unsupported", False)
-    opened = options.bank_from(folder, arguments | {"base_model": base, "drop_unsupported": drop})
+    weights = arguments["base_weights"] or settings.get("base_weights")
+    recorded = {"drop_unsupported": settings.get("drop_unsupported", False)}
+    recorded |= {"base_model": base, "base_weights": weights}
+    opened = options.bank_from(folder, arguments | recorded)
     opened.require(record.coefficients)
     for name in record.coefficients:
         if name not in opened.names:
@@ -339,9 +341,9 @@ def _repeated(
     console.report(opened)
     _same_files(opened, record, path)
     # What an earlier version did not record had its default then.
-    recorded = {name: settings[name] for name in OF_RESULT if name in settings}
+    of_result = {name: settings[name] for name in OF_RESULT if name in settings}
     job = RepeatedJob.of(record, opened, out)
-    return opened, [job], replace(_options(arguments), **recorded, method=record.method)
+    return opened, [job], replace(_options(arguments), **of_result, method=record.method)
 
 
 def _same_files(bank: Bank, record: Provenance, path: Path) -> None:

@@ -111,6 +111,11 @@ def bank(function: Command) -> Command:
             help="Take A and B alone of members that have more: DoRA, biases, whole weights.",
         ),
         click.option(
+            "--base-weights",
+            type=PATH,
+            help="The base's safetensors or their folder: take DoRA members, which change them.",
+        ),
+        click.option(
             "--fingerprints",
             type=PATH,
             metavar="DIR",
@@ -162,7 +167,7 @@ def settings(function: Command) -> Command:
 
 
 SETTINGS = ("metric", "pipeline", "temperature", "top_k", "mass", "min_similarity")
-BANK = ("base_model", "exclude", "fingerprints", "drop_unsupported")
+BANK = ("base_model", "exclude", "fingerprints", "drop_unsupported", "base_weights")
 
 
 PAPER = {

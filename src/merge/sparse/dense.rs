@@ -61,6 +61,7 @@ impl<'a> Dense<'a> {
         options: Options,
     ) -> Result<Self> {
         sparsity.check()?;
+        terms.plain(sparsity.rule.name())?;
         if rank == 0 {
             return Err(Error::Setting("rank is 0, expected 1 or more".into()));
         }

@@ -6,8 +6,10 @@ use faer::{Accum, Mat, MatMut, MatRef, Par, linalg::matmul::matmul};
 use super::{
     Low,
     dense::{decompose, orthonormal, product},
+    dora::Dora,
 };
 use crate::{
+    base::Weight,
     error::Result,
     joint::{Joint, Reader},
     layout::Factor,
@@ -45,16 +47,19 @@ impl Sketch {
         (self.rank + OVERSAMPLING).min(joint.columns()).min(joint.outer)
     }
 
-    /// Each target's sum, to rank `rank` at most.
+    /// Each target's sum, to rank `rank` at most; `weight` is what DoRA members of it change.
     pub(super) fn lows(
         &self,
         reader: &Reader<'_>,
         terms: &Terms<'_>,
         joint: &Joint,
+        weight: Option<Weight<'_>>,
         rank: usize,
         bytes: &mut Vec<u8>,
     ) -> Result<Vec<Low>> {
-        let pass = Pass { reader, terms, joint };
+        let measure = |weight| Dora::measure(reader, terms, joint, weight, bytes);
+        let dora = weight.map(measure).transpose()?;
+        let pass = Pass { reader, terms, joint, dora };
         let width = self.width(joint);
         let random = gaussian(self.seed, &joint.module.name, joint.columns(), width);
         let mut ranges = pass.forward(&vec![random; terms.targets()], bytes)?;
@@ -63,7 +68,10 @@ impl Sketch {
             let all = (0..range.ncols()).flat_map(|j| range.col(j).iter());
             all.map(|&x| f64::from(x).powi(2)).sum()
         };
-        let energies: Vec<f64> = ranges.iter().map(|y| squares(y) / width as f64).collect();
+        let energies = match &pass.dora {
+            Some(dora) => dora.energies.clone(),
+            None => ranges.iter().map(|y| squares(y) / width as f64).collect(),
+        };
         let basis = |range: &Mat<f32>| {
             let wide = Mat::from_fn(range.nrows(), range.ncols(), |i, j| f64::from(range[(i, j)]));
             orthonormal(wide.as_ref())
@@ -103,23 +111,43 @@ struct Pass<'a> {
     reader: &'a Reader<'a>,
     terms: &'a Terms<'a>,
     joint: &'a Joint,
+    dora: Option<Dora<'a>>,
 }
 
 impl Pass<'_> {
     /// ΔW X for each target's X, in × width.
     fn forward(&self, x: &[Mat<f32>], bytes: &mut Vec<u8>) -> Result<Vec<Mat<f32>>> {
-        self.each(x, self.joint.outer, bytes, |a, b, c, x, sum| {
+        let mut sums = self.each(x, self.joint.outer, bytes, |a, b, c, x, sum| {
             let inner = scaled_product(a, x, c);
             matmul(sum, Accum::Add, b, inner.as_ref(), 1.0, Par::Seq);
-        })
+        })?;
+        if let Some(dora) = &self.dora {
+            dora.each_part(self.reader, bytes, self.joint.columns(), |rows, w, shares| {
+                for ((x, sum), share) in x.iter().zip(&mut sums).zip(shares) {
+                    let product = by_rows(share, scaled_product(w, x.as_ref(), 1.0).as_ref());
+                    let mut here = sum.subrows_mut(rows.start, rows.len());
+                    here += product;
+                }
+            })?;
+        }
+        Ok(sums)
     }
 
     /// ΔWᵀ X for each target's X, out × width.
     fn backward(&self, x: &[Mat<f32>], bytes: &mut Vec<u8>) -> Result<Vec<Mat<f32>>> {
-        self.each(x, self.joint.columns(), bytes, |a, b, c, x, sum| {
+        let mut sums = self.each(x, self.joint.columns(), bytes, |a, b, c, x, sum| {
             let inner = scaled_product(b.transpose(), x, c);
             matmul(sum, Accum::Add, a.transpose(), inner.as_ref(), 1.0, Par::Seq);
-        })
+        })?;
+        if let Some(dora) = &self.dora {
+            dora.each_part(self.reader, bytes, self.joint.columns(), |rows, w, shares| {
+                for ((x, sum), share) in x.iter().zip(&mut sums).zip(shares) {
+                    let here = by_rows(share, x.subrows(rows.start, rows.len()));
+                    matmul(sum.as_mut(), Accum::Add, w.transpose(), here.as_ref(), 1.0, Par::Seq);
+                }
+            })?;
+        }
+        Ok(sums)
     }
 
     fn each(
@@ -131,12 +159,15 @@ impl Pass<'_> {
     ) -> Result<Vec<Mat<f32>>> {
         let mut sums: Vec<Mat<f32>> = x.iter().map(|x| Mat::zeros(rows, x.ncols())).collect();
         let (mut a, mut b) = (Vec::new(), Vec::new());
-        for share in &self.joint.holders {
+        for (holder, share) in self.joint.holders.iter().enumerate() {
             let (columns, outer) = (self.joint.columns(), self.joint.outer);
             a.resize(share.rank * columns, 0.0);
             b.resize(outer * share.rank, 0.0);
             self.reader.read(*share, Factor::A, 0..a.len(), bytes, &mut a)?;
             self.reader.read(*share, Factor::B, 0..b.len(), bytes, &mut b)?;
+            if let Some(dora) = &self.dora {
+                dora.scale(holder, share.rank, &mut b);
+            }
             let a = MatRef::from_row_major_slice(&a, share.rank, columns);
             let b = MatRef::from_row_major_slice(&b, outer, share.rank);
             for (target, (x, sum)) in x.iter().zip(&mut sums).enumerate() {
@@ -154,6 +185,11 @@ fn scaled_product(a: MatRef<'_, f32>, x: MatRef<'_, f32>, c: f32) -> Mat<f32> {
     let mut product = Mat::zeros(a.nrows(), x.ncols());
     matmul(product.as_mut(), Accum::Replace, a, x, c, Par::Seq);
     product
+}
+
+/// Each row multiplied with its factor.
+fn by_rows(factors: &[f32], matrix: MatRef<'_, f32>) -> Mat<f32> {
+    Mat::from_fn(matrix.nrows(), matrix.ncols(), |i, j| factors[i] * matrix[(i, j)])
 }
 
 /// Standard normal numbers that depend on the seed, the module's name and their place alone:
