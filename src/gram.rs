@@ -10,7 +10,7 @@ use std::sync::Mutex;
 use faer::{Mat, MatMut, MatRef, Par};
 
 pub use matrix::{Gram, Space};
-pub use soup_error::soup_errors;
+pub use soup_error::{SoupErrors, soup_errors};
 
 use crate::{
     adapter::Adapter,

@@ -493,10 +493,11 @@ fn convert(
 }
 
 #[pyfunction]
-fn soup_errors(py: Python<'_>, terms: Given, settings: Settings) -> PyResult<Vec<f64>> {
+fn soup_errors(py: Python<'_>, terms: Given, settings: Settings) -> PyResult<(Vec<f64>, bool)> {
     interruptible(py, 0, None, |watch| {
         let opened = terms.open()?;
-        crate::gram::soup_errors(&opened.terms()?, &settings.options()?, watch)
+        let found = crate::gram::soup_errors(&opened.terms()?, &settings.options()?, watch)?;
+        Ok((found.errors, found.exact))
     })
 }
 

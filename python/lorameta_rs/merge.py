@@ -178,6 +178,8 @@ class Merged:
     """The method, chosen if it was `auto`."""
     soup_error: float | None
     """By how much of ΔW `soup` would have erred at most, where the choice depended on it."""
+    soup_error_exact: bool
+    """Whether that was computed of every module, and not estimated."""
     outcomes: list[_core.Outcome]
     """For each job its rank where the method chose it, and what of ΔW that keeps."""
 
@@ -191,7 +193,7 @@ def plan(bank: Bank, jobs: Sequence[Job], options: Options | None = None) -> Mer
         known_base(options.base, bank.folder)
     run = replace(options, method=sums.method, normalize=sums.normalize)
     planned = _core.plan(sums.terms, run)
-    return Merged(planned, sums.method, sums.soup_error, [])
+    return Merged(planned, sums.method, sums.soup_error, sums.soup_error_exact, [])
 
 
 def merge(
@@ -255,7 +257,7 @@ def merge(
                     _write(stage / CARD, model_card(record, config, places[i][to], to))
         except UnreadableFile as error:
             raise _of_output(error, stages, outs) from error
-    return Merged(done, sums.method, sums.soup_error, outcomes)
+    return Merged(done, sums.method, sums.soup_error, sums.soup_error_exact, outcomes)
 
 
 def written_to(out: Path, formats: Sequence[str]) -> dict[str, Path]:

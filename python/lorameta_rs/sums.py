@@ -55,6 +55,7 @@ class Sums:
         normalize: What is done with the members' norms, chosen if it was not given.
         soup_error: How far `soup` would be from the exact sum, at most of all jobs; None if that
             was not asked.
+        soup_error_exact: Whether that was computed of every module, and not estimated.
         rank: That of all members; None if they differ.
         alpha: What the configuration says; None for the result's own rank.
     """
@@ -64,6 +65,7 @@ class Sums:
     method: str
     normalize: str
     soup_error: float | None
+    soup_error_exact: bool
     rank: int | None
     alpha: float | None
 
@@ -90,16 +92,16 @@ class Sums:
             weight_files(bank.base_weights),
         )
         normalize = options.normalize or _normalization(jobs, options)
-        method, error = _method(members, terms, replace(options, normalize=normalize))
+        method, error, whole = _method(members, terms, replace(options, normalize=normalize))
         rank = _common_rank(members)
         if normalize == "unit":
             norms = delta_norms(members, Index.of(bank), base_weights=terms.base_weights)
             terms = replace(terms, coefficients=unit_coefficients(coefficients, norms))
         if method != "soup":
-            return cls(members, terms, method, normalize, error, rank, None)
+            return cls(members, terms, method, normalize, error, whole, rank, None)
         alpha, strengths = common_scaling(members, _one_rank(members))
         terms = replace(terms, strengths=strengths)
-        return cls(members, terms, method, normalize, error, rank, alpha)
+        return cls(members, terms, method, normalize, error, whole, rank, alpha)
 
 
 def _normalization(jobs: Sequence[Job], options: Options) -> str:
@@ -134,17 +136,20 @@ def _per_module(job: Job, row: Floats, member: Member) -> list[float]:
     return [0.0 if match is None else float(row[match]) for match in found]
 
 
-def _method(members: Sequence[Member], terms: Terms, options: Options) -> tuple[str, float | None]:
-    """The method, and the error of `soup` where the choice depended on it."""
+def _method(
+    members: Sequence[Member], terms: Terms, options: Options
+) -> tuple[str, float | None, bool]:
+    """The method; the error of `soup` where the choice depended on it, and whether it is exact."""
     if options.method != "auto":
-        return options.method, None
+        return options.method, None, True
     fixed = options.rank is not None or options.energy is not None or options.normalize != "none"
     dora = any(member.config.use_dora for member in members)
     if fixed or dora or _common_rank(members) is None:
-        return "svd", None
-    error = max(_core.soup_errors(terms, options))
+        return "svd", None, True
+    errors, exact = _core.soup_errors(terms, options)
+    error = max(errors)
     # Written so that NaN, which only `allow_nan` lets in, goes into the sum that can hold it.
-    return ("svd" if error > LARGEST_SOUP_ERROR else "soup"), error
+    return ("svd" if error > LARGEST_SOUP_ERROR else "soup"), error, exact
 
 
 def unit_coefficients(

@@ -157,17 +157,17 @@ impl<'a> Deltas<'a> {
     }
 }
 
-fn sum_of_ranks(shares: &[Share]) -> usize {
+pub(super) fn sum_of_ranks(shares: &[Share]) -> usize {
     shares.iter().map(|share| share.rank).sum()
 }
 
 /// Numbers as rows of `columns`.
-fn view(numbers: &[f32], columns: usize) -> MatRef<'_, f32> {
+pub(super) fn view(numbers: &[f32], columns: usize) -> MatRef<'_, f32> {
     MatRef::from_row_major_slice(numbers, numbers.len() / columns, columns)
 }
 
 /// The A of some members under one another.
-fn stack_a(
+pub(super) fn stack_a(
     reader: &Reader<'_>,
     joint: &Joint,
     shares: &[Share],
@@ -186,7 +186,7 @@ fn stack_a(
 }
 
 /// Their B side by side.
-fn stack_b(
+pub(super) fn stack_b(
     reader: &Reader<'_>,
     joint: &Joint,
     shares: &[Share],

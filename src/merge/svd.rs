@@ -23,6 +23,7 @@ use crate::{
 };
 pub use dora::dora_norms;
 use sketch::Sketch;
+pub(crate) use sketch::gaussian;
 use stacked::Stacked;
 
 /// Up to this sum of ranks a module is decomposed exactly. Measured with `benches/svd.py` on 96

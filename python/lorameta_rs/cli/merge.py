@@ -456,7 +456,7 @@ def _say_done(bank: Bank, jobs: Sequence[Job], done: Merged, run: Options, dry_r
     if done.soup_error is not None:
         console.say(
             f"method {done.method}: summing A and B apart would change ΔW by "
-            f"{100 * done.soup_error:.2g} %"
+            f"{'' if done.soup_error_exact else '≈ '}{100 * done.soup_error:.2g} %"
         )
     if dry_run:
         console.say(f"would read {read} with {memory}; nothing was written")
@@ -527,7 +527,11 @@ def _as_data(bank: Bank, jobs: Sequence[Job], done: Merged, run: Options) -> dic
     for one, result in zip(described, served, strict=False):
         one["servers"] = breaches(result)
     plan = {name: getattr(done.plan, name) for name in ("bytes", "memory", "threads")}
-    chosen = {"method": done.method, "soup_error": done.soup_error}
+    chosen = {
+        "method": done.method,
+        "soup_error": done.soup_error,
+        "soup_error_exact": done.soup_error_exact,
+    }
     return {"jobs": described, "plan": plan, **chosen}
 
 

@@ -194,7 +194,7 @@ fn by_rows(factors: &[f32], matrix: MatRef<'_, f32>) -> Mat<f32> {
 
 /// Standard normal numbers that depend on the seed, the module's name and their place alone:
 /// SplitMix64 (Steele, Lea and Flood 2014) and the transformation of Box and Muller.
-fn gaussian(seed: u64, name: &str, rows: usize, columns: usize) -> Mat<f32> {
+pub(crate) fn gaussian(seed: u64, name: &str, rows: usize, columns: usize) -> Mat<f32> {
     // FNV-1a.
     let hash = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
     let mut state = name.bytes().fold(0xcbf2_9ce4_8422_2325 ^ seed, hash);
