@@ -42,7 +42,7 @@ type Vote = fn(numbers: &[f32], totals: &mut [f64], up: &mut [u32], down: &mut [
 #[derive(Clone, Copy)]
 pub(crate) struct Sparse {
     pub(crate) keep_largest: fn(numbers: &mut [f32], bits: u32),
-    pub(crate) count: fn(numbers: &[f32], bits: u32) -> usize,
+    pub(crate) count: fn(numbers: &[f32], bits: [u32; 2]) -> [usize; 2],
     pub(crate) collect: fn(numbers: &[f32], low: u32, high: u32, found: &mut Vec<u32>),
     pub(crate) keep_random: fn(numbers: &mut [f32], key: [u32; 2], start: u32, limit: u32),
     pub(crate) vote: Vote,
@@ -195,9 +195,10 @@ mod tests {
                     (loops.add_by_sign)(&kept, 0.3, &mut plus, &mut minus);
                     (loops.keep_random)(&mut kept, [5, 6], u32::MAX - 9, 3 << 30);
                     let random = kept.clone();
-                    let count = (loops.count)(&kept, 2f32.to_bits());
+                    let counts = (loops.count)(&kept, [2f32, 5.0].map(f32::to_bits));
                     (loops.keep_largest)(&mut kept, 2f32.to_bits());
-                    assert_eq!(count, kept.iter().filter(|x| **x != 0.0).count());
+                    let above = |least: f32| kept.iter().filter(|x| x.abs() >= least).count();
+                    assert_eq!(counts, [2.0, 5.0].map(above));
                     let mut found = vec![];
                     (loops.collect)(&random, 1, 4f32.to_bits(), &mut found);
                     let inside = |x: &&f32| **x != 0.0 && x.abs() < 4.0;

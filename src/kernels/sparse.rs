@@ -9,22 +9,36 @@ pub(super) fn keep_largest(numbers: &mut [f32], bits: u32) {
     }
 }
 
-/// How many numbers have bits without the sign of `bits` or above.
+/// How many numbers have bits without the sign of each of `bits` or above.
 #[inline(always)]
-pub(super) fn count(numbers: &[f32], bits: u32) -> usize {
-    let one = |x: &f32| u32::from(x.to_bits() & 0x7fff_ffff >= bits);
-    numbers.chunks(1 << 20).map(|part| part.iter().map(one).sum::<u32>() as usize).sum()
+pub(super) fn count(numbers: &[f32], bits: [u32; 2]) -> [usize; 2] {
+    let mut all = [0; 2];
+    for part in numbers.chunks(1 << 20) {
+        let [mut first, mut second] = [0, 0];
+        // A plain loop: the closure of an iterator may be compiled apart, for narrow registers.
+        for x in part {
+            let magnitude = x.to_bits() & 0x7fff_ffff;
+            first += u32::from(magnitude >= bits[0]);
+            second += u32::from(magnitude >= bits[1]);
+        }
+        all[0] += first as usize;
+        all[1] += second as usize;
+    }
+    all
 }
 
 /// The bits without the sign of those numbers that have them in `low..high`, which are few.
 #[inline(always)]
 pub(super) fn collect(numbers: &[f32], low: u32, high: u32, found: &mut Vec<u32>) {
     for part in numbers.chunks(64) {
-        let bits = |x: &f32| x.to_bits() & 0x7fff_ffff;
-        let inside = |bits: u32| bits.wrapping_sub(low) < high - low;
-        // Looked for without a branch first, so that the loop is widened.
-        if part.iter().fold(0, |any, x| any | u32::from(inside(bits(x)))) != 0 {
-            found.extend(part.iter().map(bits).filter(|bits| inside(*bits)));
+        // Looked for without a branch first, in a loop that is widened as that above.
+        let mut any = false;
+        for x in part {
+            any |= (x.to_bits() & 0x7fff_ffff).wrapping_sub(low) < high - low;
+        }
+        if any {
+            let bits = part.iter().map(|x| x.to_bits() & 0x7fff_ffff);
+            found.extend(bits.filter(|bits| bits.wrapping_sub(low) < high - low));
         }
     }
 }

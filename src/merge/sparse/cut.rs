@@ -20,6 +20,9 @@ pub(super) const CANDIDATES: usize = 1 << 20;
 /// How many numbers give the first guesses.
 const SAMPLE: usize = 256;
 
+/// One in so many numbers is few enough to collect: they are looked for in groups of 64.
+const FEW: usize = 512;
+
 /// What a search holds, kept from one to the next.
 #[derive(Default)]
 pub(super) struct Search {
@@ -136,9 +139,12 @@ impl Search {
         let (mut low, mut high) = (0, 1 << 31);
         let (mut most, mut least) = (count, 0);
         for _ in 0..4 {
-            for bits in guesses {
+            if most - least <= count / FEW {
+                break;
+            }
+            let counts = (kernel.sparse.count)(numbers, guesses);
+            for (bits, found) in guesses.into_iter().zip(counts) {
                 if bits > low && bits < high {
-                    let found = (kernel.sparse.count)(numbers, bits);
                     if found >= kept {
                         (low, most) = (bits, found);
                     } else {
