@@ -11,6 +11,7 @@ use crate::{
     adapter::Stamp,
     container,
     error::{At, Error, Quoted, Result, not_finite},
+    kernels::widest,
     source::{Io, Source},
     tensor::Tensor,
     watch::Watch,
@@ -133,7 +134,9 @@ impl Weight<'_> {
         let numbers = &mut numbers[..rows.len() * columns];
         let range = rows.start * columns..rows.end * columns;
         tensor.read(&shard.source, range, bytes, numbers).at(&shard.path)?;
-        if let Some(&number) = numbers.iter().find(|number| !number.is_finite()) {
+        if !(widest().finite)(numbers)
+            && let Some(&number) = numbers.iter().find(|number| !number.is_finite())
+        {
             return Err(Error::NotFinite {
                 path: shard.path.clone(),
                 tensor: tensor.name.clone(),

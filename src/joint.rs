@@ -13,6 +13,7 @@ use crate::{
     Io,
     adapter::Adapter,
     error::{At, Error, Result, not_finite},
+    kernels::widest,
     layout::{Factor, Kind, Module},
     source::Source,
     watch::Watch,
@@ -189,7 +190,7 @@ impl<'a> Reader<'a> {
         source.release(&tensor.span(&range));
         // Without a branch first, so that the loop is widened.
         if !self.allow_nan
-            && !numbers.iter().fold(true, |all, number| all & number.is_finite())
+            && !(widest().finite)(numbers)
             && let Some(&number) = numbers.iter().find(|number| !number.is_finite())
         {
             return Err(Error::NotFinite {

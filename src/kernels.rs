@@ -32,6 +32,8 @@ pub struct Kernel {
     pub add_products: AddProducts,
     /// Conversion on reading.
     pub widen: Widen,
+    /// Whether all numbers are finite.
+    pub(crate) finite: fn(numbers: &[f32]) -> bool,
     /// Loops of the sparse methods.
     pub(crate) sparse: Sparse,
 }
@@ -61,6 +63,7 @@ macro_rules! kernel {
                     $add_products(sums, stride, dtype, rows, weights);
                 },
                 widen: |dtype, bytes, numbers| scalar::widen(dtype, bytes, numbers),
+                finite: |numbers| scalar::finite(numbers),
                 sparse: Sparse {
                     keep_largest: |numbers, bits| sparse::keep_largest(numbers, bits),
                     count: |numbers, bits| sparse::count(numbers, bits),
@@ -206,6 +209,22 @@ mod tests {
                     (kept, random, plus, minus, totals, up, down)
                 };
                 assert_eq!(all(kernel.sparse), all(available()[0].sparse), "{}", kernel.name);
+            }
+        }
+    }
+
+    #[test]
+    fn one_number_that_is_not_finite_is_seen_wherever_it_is() {
+        for kernel in available() {
+            for len in (0..70).chain([127, 2048]) {
+                let mut all = numbers(len, 6);
+                assert!((kernel.finite)(&all), "{}", kernel.name);
+                for at in (0..len).step_by(1 + len / 64) {
+                    let odd = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY][at % 3];
+                    let kept = std::mem::replace(&mut all[at], odd);
+                    assert!(!(kernel.finite)(&all), "{}: {odd} at {at} of {len}", kernel.name);
+                    all[at] = kept;
+                }
             }
         }
     }

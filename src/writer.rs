@@ -16,6 +16,7 @@ use crate::{
     Dtype,
     dtype::BLOCK,
     error::{At, Result},
+    kernels::widest,
     source::begin_flush,
 };
 
@@ -66,9 +67,7 @@ impl Writer {
         let (place, dtype) = self.places[tensor];
         let offset = place + dtype.size(start) as u64;
         let (bytes, finite) = if dtype == Dtype::F32 && cfg!(target_endian = "little") {
-            // As they are; without a branch, so that the loop is widened.
-            let finite = numbers.iter().fold(true, |all, x| all & x.is_finite());
-            (Cow::Borrowed(bytemuck::cast_slice(numbers)), finite)
+            (Cow::Borrowed(bytemuck::cast_slice(numbers)), (widest().finite)(numbers))
         } else {
             let (bytes, finite) = narrow(dtype, numbers);
             (Cow::Owned(bytes), finite)

@@ -116,3 +116,13 @@ fn from_f16(bytes: [u8; 2]) -> f32 {
     let special = magnitude | 0x7f80_0000;
     f32::from_bits(sign | if half & 0x7c00 == 0x7c00 { special } else { finite })
 }
+
+/// Whether all `numbers` are finite: without a branch, so that the loop is widened.
+#[inline(always)]
+pub(super) fn finite(numbers: &[f32]) -> bool {
+    let mut all = true;
+    for number in numbers {
+        all &= number.is_finite();
+    }
+    all
+}
