@@ -64,11 +64,11 @@ def test_every_option_is_explained():
 
 
 def test_choices_are_those_of_the_library():
-    from lorameta_rs import coefficients, distance, formats, merge
+    from lorameta_rs import coefficients, distance, formats, learned, merge
     from lorameta_rs.formats import conversion
 
     assert set(options.METRICS) == set(distance.METRICS)
-    assert set(options.PIPELINES) == set(coefficients.PIPELINES)
+    assert set(options.PIPELINES) == {*coefficients.PIPELINES, *learned.PIPELINES}
     assert options.METHODS == merge.METHODS
     assert options.DTYPES == merge.DTYPES
     assert options.FORMATS == formats.FORMATS

@@ -2,8 +2,8 @@
 
 A pipeline takes the new dataset's distances from the n members and gives n coefficients that are
 not negative and sum to one (arXiv 2507.01806; `paper` has its authors' own arithmetic).
-`select` leaves only some of them; `explicit` takes a user's own weights instead. A pipeline that is
-learned from the bank (`neural`) has the same signature and joins `PIPELINES`.
+`select` leaves only some of them; `explicit` takes a user's own weights instead. Pipelines that are
+learned from a bank are those of `learned`.
 """
 
 from __future__ import annotations
@@ -89,6 +89,29 @@ def combined(distances: Floats) -> Floats:
     deviations = rows.std(axis=1, keepdims=True)
     sums: Floats = (rows[:, :-1] / np.where(deviations > 0.0, deviations, 1.0)).sum(axis=0)
     return sums
+
+
+def combined_rows(matrices: Floats) -> Floats:
+    """The bank as each of its members sees it from outside: distances that `combined` makes one.
+
+    Args:
+        matrices: `distance.pairwise` of the bank by each metric [metrics, n, n].
+
+    Returns:
+        float64 [n, n], row i without regard to member i's distance from itself, which is 0; of a
+        single metric its distances as they are.
+
+    Raises:
+        InvalidBank: A distance is not finite.
+    """
+    if len(matrices) == 1:
+        return np.asarray(matrices[0])
+    n = matrices.shape[-1]
+    rows = np.zeros((n, n))
+    for i in range(n if n > 1 else 0):
+        others = np.arange(n) != i
+        rows[i, others] = combined(matrices[:, i, others])
+    return rows
 
 
 def nearest(distances: Floats) -> Floats:

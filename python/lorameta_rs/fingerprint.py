@@ -83,6 +83,14 @@ class Fingerprint:
         return int(self.counts.sum())
 
     @property
+    def sha256(self) -> str:
+        """Of all that datasets are compared by."""
+        digest = hashlib.sha256(self.identity.encode())
+        for array in (self.ids, self.counts, self.relations):
+            digest.update(b"" if array is None else np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+    @property
     def identity(self) -> str:
         """Over which token ids it counts, in words."""
         return f"{self.vocab_size} ids, SHA-256 {self.tokenizer[:12] or 'unknown'}"

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -66,14 +65,33 @@ def initial_weights(
         raise InvalidSetting(f"width {width}: expected 1 or more")
     generator = np.random.default_rng(seed)
     weights: dict[str, Numbers] = {}
-    for layer, (inputs, outputs) in zip((0, 3, 6), pairwise((1, width, width, 1)), strict=True):
-        bound = inputs**-0.5
-        weights[f"mlp.{layer}.weight"] = generator.uniform(-bound, bound, (outputs, inputs))
-        weights[f"mlp.{layer}.bias"] = generator.uniform(-bound, bound, outputs)
-    for layer in (1, 4):
-        weights[f"mlp.{layer}.weight"] = np.ones(width)
-        weights[f"mlp.{layer}.bias"] = np.zeros(width)
-    return {name: weights[name].astype(dtype) for name in NAMES}
+    for name, shape in _shapes(width).items():
+        if name.startswith(("mlp.1", "mlp.4")):
+            weights[name] = np.full(shape, 1.0 if name.endswith("weight") else 0.0)
+        else:
+            bound = 1.0 if name.startswith("mlp.0") else width**-0.5
+            weights[name] = generator.uniform(-bound, bound, shape)
+    return {name: tensor.astype(dtype) for name, tensor in weights.items()}
+
+
+def is_network(weights: Mapping[str, NDArray[Any]]) -> bool:
+    """Whether these are the tensors of a network, in shapes that fit each other and one type."""
+    width = weights["mlp.0.bias"].size if "mlp.0.bias" in weights else 0
+    found = {name: tensor.shape for name, tensor in weights.items()}
+    return found == _shapes(width) and len({tensor.dtype for tensor in weights.values()}) == 1
+
+
+def _shapes(width: int) -> dict[str, tuple[int, ...]]:
+    """Of each tensor of a network, in the order of `NAMES`."""
+    linear = {0: (width, 1), 3: (width, width), 6: (1, width)}
+    return {
+        f"mlp.{layer}.{kind}": shape
+        for layer in (0, 1, 3, 4, 6)
+        for kind, shape in (
+            ("weight", linear.get(layer, (width,))),
+            ("bias", (1 if layer == 6 else width,)),
+        )
+    }
 
 
 def paper_members(count: int) -> list[int]:

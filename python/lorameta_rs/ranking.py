@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lorameta_rs import coefficients, distance
+from lorameta_rs import coefficients, distance, learned
+from lorameta_rs.errors import InvalidSetting
 from lorameta_rs.index import nearest_distances
 from lorameta_rs.relevance import Relevance, relevance
 
@@ -25,7 +27,7 @@ class Settings:
     """A key of `distance.METRICS`, or several, separated by commas: their distances are added up
     in standard deviations, without those that have nothing to say of a dataset."""
     pipeline: str = "normalized"
-    """A key of `coefficients.PIPELINES`."""
+    """A key of `coefficients.PIPELINES`, or one of `learned.PIPELINES`."""
     temperature: float = 1.0
     """τ of the pipeline `normalized`."""
     top_k: int | None = None
@@ -34,6 +36,8 @@ class Settings:
     """Keep the largest coefficients that together hold this share."""
     min_similarity: float | None = None
     """Keep members at least this similar, where the metric has a similarity."""
+    scale: float = 1.0
+    """What the coefficients are multiplied with at last."""
     compat: str | None = None
     """`paper` for the arithmetic of the paper's authors."""
 
@@ -73,8 +77,9 @@ def rank(bank: Bank, target: Fingerprint, settings: Settings | None = None) -> R
         settings: The metric, and how its distances become coefficients.
 
     Raises:
-        InvalidBank: A member has no fresh fingerprint, `target` has another vocabulary, or none of
-            the metrics has anything to say.
+        InvalidBank: A member has no fresh fingerprint, `target` has another vocabulary, none of the
+            metrics has anything to say, or what was learned from the bank does not fit it.
+        MissingFile: The pipeline is learned, and nothing was yet.
         InvalidSetting: A setting is out of range, or no member is similar enough.
     """
     settings = settings or Settings()
@@ -90,19 +95,54 @@ def rank(bank: Bank, target: Fingerprint, settings: Settings | None = None) -> R
         if (one := distance.similarity(name, own)) is not None
     ]
     similarity = np.mean(similar, axis=0) if similar else None
-    chosen = coefficients.select(
-        coefficients.from_distances(found, settings.pipeline, settings.temperature, compat),
+    combined = coefficients.combined(every) if len(metrics) > 1 else found
+    if settings.pipeline in learned.PIPELINES:
+        chosen = _learned(bank, settings, combined, similarity)
+    else:
+        chosen = _selected(
+            coefficients.from_distances(found, settings.pipeline, settings.temperature, compat),
+            settings,
+            similarity,
+        )
+    chosen = chosen * _checked_scale(settings.scale)
+    own = nearest_distances(bank, settings.metric) if compat is None else None
+    about = relevance(bank.names, combined, chosen, own)
+    note = None if every_metric else _without_relations(bank, target)
+    return Ranking(bank.names, combined, similarity, chosen, about, settings, note)
+
+
+def _learned(
+    bank: Bank, settings: Settings, distances: Floats, similarity: Floats | None
+) -> Floats:
+    """The coefficients of a pipeline that the bank has taught."""
+    pipeline = settings.pipeline
+    if settings.temperature != 1.0 or settings.compat is not None:
+        raise InvalidSetting(f"pipeline `{pipeline}` has no temperature, and no `compat`")
+    found = learned.Learned.of(bank).coefficients(pipeline, settings.metric, distances)
+    if pipeline != "ridge":
+        return _selected(found, settings, similarity)
+    if (settings.top_k, settings.mass, settings.min_similarity) != (None, None, None):
+        raise InvalidSetting(
+            "pipeline `ridge`: none of its coefficients can be left out, which have any sign and "
+            "sum; `simplex` has shares"
+        )
+    return found
+
+
+def _selected(found: Floats, settings: Settings, similarity: Floats | None) -> Floats:
+    return coefficients.select(
+        found,
         top_k=settings.top_k,
         mass=settings.mass,
         similarity=similarity,
         min_similarity=settings.min_similarity,
     )
-    if len(metrics) > 1:
-        found = coefficients.combined(every)
-    own = nearest_distances(bank, settings.metric) if compat is None else None
-    about = relevance(bank.names, found, chosen, own)
-    note = None if every_metric else _without_relations(bank, target)
-    return Ranking(bank.names, found, similarity, chosen, about, settings, note)
+
+
+def _checked_scale(scale: float) -> float:
+    if not (math.isfinite(scale) and scale > 0.0):
+        raise InvalidSetting(f"scale {scale}: expected a finite number above 0")
+    return scale
 
 
 def _without_relations(bank: Bank, target: Fingerprint) -> str:

@@ -124,8 +124,8 @@ def refine(
     columns = None if job.fingerprint is None else job.fingerprint.columns
     chosen, held = chosen_rows(job.dataset, columns, how)
     shape = Base.load(how.base)
-    end = _core.gguf_metadata(str(how.base)).get("tokenizer.ggml.eos_token_id")
-    search_rows, held_rows = (_ids(bank.tokenizer, rows, end) for rows in (chosen, held))
+    end = end_of_answers(how.base)
+    search_rows, held_rows = (answer_ids(bank.tokenizer, rows, end) for rows in (chosen, held))
     near = [int(i) for i in np.argsort(-job.coefficients, kind="stable")[: how.candidates]]
     plain = Options(method="svd", normalize=normalize, memory=options.memory, io=options.io)
     merge(bank, [Job(job.coefficients, folder / "merge")], plain)
@@ -134,8 +134,7 @@ def refine(
     for number, member in enumerate(members):
         paths.append(folder / f"{number}.gguf")
         write_gguf(member, paths[-1], shape, "float32", Options())
-    longest = max(len(before) + len(answer) for before, answer in search_rows + held_rows)
-    context = -(-(longest + 8) // 256) * 256
+    context = context_of(search_rows + held_rows)
     most = how.budget + 2
     kept = Cache(how.cache, "likelihoods", *_hashes(how, paths))
     with Llama(how.base, paths, context=context, threads=how.threads) as llama:
@@ -201,15 +200,27 @@ def chosen_rows(
     return kept[:chosen], kept[chosen:]
 
 
-def _ids(tokenizer: Tokenizer, rows: Sequence[Example], end: object) -> list[Ids]:
+def answer_ids(tokenizer: Tokenizer, rows: Sequence[Example], end: int | None) -> list[Ids]:
     """The token ids of each row before its answer, and of its answer with the end."""
     found = [pair for batch in tokenizer.token_ids(rows) for pair in batch]
-    closing = [end] if isinstance(end, int) else []
+    closing = [] if end is None else [end]
     parted = []
     for ids, start in found:
         answer = ids[start:] if ids[-1:] == closing else ids[start:] + closing
         parted.append((ids[:start], answer))
     return parted
+
+
+def end_of_answers(base: Path) -> int | None:
+    """The token id with which a model ends an answer, if its file says so."""
+    end = _core.gguf_metadata(str(base)).get("tokenizer.ggml.eos_token_id")
+    return end if isinstance(end, int) else None
+
+
+def context_of(rows: Sequence[Ids]) -> int:
+    """The tokens that a model has to hold at once."""
+    longest = max(len(before) + len(answer) for before, answer in rows)
+    return -(-(longest + 8) // 256) * 256
 
 
 def _hashes(how: Refining, paths: Sequence[Path]) -> list[str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lorameta_rs.coefficients import combined
+from lorameta_rs.coefficients import combined_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -86,8 +86,6 @@ def leave_one_out_nearest(matrix: Floats) -> Floats:
     n = matrix.shape[-1]
     if n < 2:
         return np.empty(0)
-    if matrix.ndim == 3:
-        rows = [combined(np.delete(matrix[:, i], i, axis=1)).min() for i in range(n)]
-        return np.array(rows)
-    others = np.where(np.eye(n, dtype=bool), np.inf, matrix)
+    rows = combined_rows(matrix) if matrix.ndim == 3 else matrix
+    others = np.where(np.eye(n, dtype=bool), np.inf, rows)
     return np.asarray(others.min(axis=1))

@@ -10,6 +10,7 @@ import click
 
 from lorameta_rs.cli import console
 from lorameta_rs.cli.attempt import attempt
+from lorameta_rs.cli.calibrate import calibrate
 from lorameta_rs.cli.convert import convert
 from lorameta_rs.cli.demo import demo
 from lorameta_rs.cli.evaluate import evaluate
@@ -40,7 +41,10 @@ def commands() -> None:
     """Make a LoRA adapter for a new dataset out of a bank of adapters, without training."""
 
 
-for command in (demo, index, rank, merge, inspect, convert, attempt, evaluate, study):
+for command in (
+    *(demo, index, rank, merge, inspect),
+    *(calibrate, convert, attempt, evaluate, study),
+):
     commands.add_command(command)
 
 

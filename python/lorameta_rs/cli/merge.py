@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lorameta_rs.cli import console, options
-from lorameta_rs.cli.rank import HEADERS, described, fingerprinted, rows, say_relevance
+from lorameta_rs.cli.rank import (
+    HEADERS,
+    calibrated,
+    described,
+    fingerprinted,
+    rows,
+    say_relevance,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,6 +56,7 @@ _LARGEST_WEIGHTS = 16 << 20
 )
 @click.option("--repeat", type=options.PATH, help="Do again what this lorameta.json records.")
 @options.settings
+@options.calibration
 @click.option(
     "--refine",
     type=options.PATH,
@@ -171,6 +179,8 @@ def merge(
     Compares the dataset with those of the bank's members, and writes the sum of their adapters,
     each weighted by how near it is, as a PEFT adapter folder.
     """
+    from dataclasses import replace
+
     from lorameta_rs.merge import merge, plan
 
     if sum((bool(datasets), bool(weights), repeat is not None)) != 1:
@@ -189,7 +199,9 @@ def merge(
             options.refuse(context, (*options.SETTINGS, "columns", "refine"), "--weights")
             opened, jobs = _weighted(bank, weights, _one(outs), arguments)
         else:
-            opened, jobs = _compared(bank, datasets, outs, arguments, keep=not dry_run)
+            opened, jobs, norms = _compared(context, bank, datasets, outs, arguments, not dry_run)
+            if norms == "none" and run.normalize is None:  # `unit` is what a merge does anyway
+                run = replace(run, normalize=norms)
             if arguments["refine"] is not None and not dry_run:
                 jobs, run = _refined(opened, jobs, run, arguments)
     if not as_json:
@@ -223,13 +235,14 @@ def _one(outs: Sequence[Path]) -> Path:
 
 
 def _compared(
+    context: click.Context,
     bank: Path,
     datasets: Sequence[Path],
     outs: Sequence[Path],
     arguments: dict[str, Any],
     keep: bool,
-) -> tuple[Bank, list[Job]]:
-    """A job for each dataset."""
+) -> tuple[Bank, list[Job], str | None]:
+    """A job for each dataset, and what the bank's calibration does with norms."""
     from lorameta_rs.flow import jobs_for
     from lorameta_rs.merge import OWNED, written_to
     from lorameta_rs.staging import check
@@ -243,13 +256,13 @@ def _compared(
     formats = arguments["formats"]
     places = [place for folder in folders for place in written_to(folder, formats).values()]
     check(places, OWNED, arguments["force"])
-    settings = options.settings_from(arguments)
     opened = options.bank_from(bank, arguments)
     fingerprinted(opened, keep)
+    settings, norms = calibrated(context, opened, arguments)
     with console.rows("counting the new tokens") as update:
         jobs = jobs_for(opened, datasets, folders, settings, arguments["columns"], update)
     opened.forget_fingerprints()
-    return opened, jobs
+    return opened, jobs, norms
 
 
 def _refined(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # would load numpy; a test compares them.
 METRICS = ("js", "kl", "wasserstein", "mmd", "cosine", "relations")
 METRIC = "relations,mmd"
-PIPELINES = ("normalized", "attentional", "nearest", "uniform")
+PIPELINES = ("normalized", "attentional", "nearest", "uniform", "neural", "ridge", "simplex")
 SPARSE = ("magnitude_prune", "ties", "dare_linear", "dare_ties")
 METHODS = ("auto", "soup", "svd", "cat", "linear", *SPARSE, *(f"{name}_svd" for name in SPARSE))
 MAJORITIES = ("total", "frequency")
@@ -135,6 +135,13 @@ def columns(whose: str) -> Callable[[Command], Command]:
 def settings(function: Command) -> Command:
     """How distances become coefficients."""
     for decorate in (
+        click.option(
+            "--scale",
+            type=float,
+            default=1.0,
+            show_default=True,
+            help="What coefficients are multiplied with at last.",
+        ),
         click.option("--min-similarity", type=float, help="Keep members at least this similar."),
         click.option("--mass", type=float, help="Keep the largest that hold this share."),
         click.option("--top-k", type=int, help="Keep this many of the largest coefficients."),
@@ -146,7 +153,7 @@ def settings(function: Command) -> Command:
             type=click.Choice(PIPELINES),
             default=PIPELINES[0],
             show_default=True,
-            help="How distances become coefficients.",
+            help="How distances become coefficients. `calibrate` has to learn the last three.",
         ),
         click.option(
             "--metric",
@@ -159,20 +166,25 @@ def settings(function: Command) -> Command:
         click.option(
             "--paper",
             is_flag=True,
-            help="The paper's setting: metric js, pipeline normalized, factors summed apart.",
+            help="The paper's setting: metric js, factors summed apart.",
         ),
     ):
         function = decorate(function)
     return function
 
 
-SETTINGS = ("metric", "pipeline", "temperature", "top_k", "mass", "min_similarity")
+calibration = click.option(
+    "--calibration/--no-calibration",
+    default=True,
+    show_default=True,
+    help="Use what `calibrate` chose for BANK, where no setting is given by hand.",
+)
+SETTINGS = ("metric", "pipeline", "temperature", "top_k", "mass", "min_similarity", "scale")
 BANK = ("base_model", "exclude", "fingerprints", "drop_unsupported", "base_weights")
 
 
 PAPER = {
     "metric": "js",
-    "pipeline": "normalized",
     "temperature": 1.0,
     "method": "soup",
     "normalize": "none",

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lorameta_rs.bank import Bank
-    from lorameta_rs.ranking import Ranking
+    from lorameta_rs.ranking import Ranking, Settings
 
 HEADERS = ("member", "distance", "similarity", "coefficient")
 
@@ -22,6 +22,7 @@ HEADERS = ("member", "distance", "similarity", "coefficient")
 @click.argument("bank", type=options.PATH)
 @click.argument("dataset", type=options.PATH)
 @options.settings
+@options.calibration
 @options.columns("DATASET")
 @options.bank
 @options.as_json
@@ -37,9 +38,9 @@ def rank(
     from lorameta_rs.ranking import rank
 
     arguments = options.as_paper(context, arguments)
-    settings = options.settings_from(arguments)
     opened = options.bank_from(bank, arguments)
     fingerprinted(opened)
+    settings, _ = calibrated(context, opened, arguments)
     with console.rows("counting the new tokens") as update:
         target = token_distribution(
             dataset,
@@ -53,6 +54,34 @@ def rank(
         return
     console.table(HEADERS, rows(found))
     say_relevance(found)
+
+
+def calibrated(
+    context: click.Context, bank: Bank, arguments: dict[str, Any]
+) -> tuple[Settings, str | None]:
+    """The settings, and what is done with norms: as the bank was calibrated, or as given by hand.
+
+    The paper's are given by hand, too. A calibration that is out of date is said to be.
+    """
+    from lorameta_rs.calibration import Calibration
+    from lorameta_rs.errors import InvalidBank
+
+    given = options.settings_from(arguments)
+    by_hand = context.params["paper"] or any(
+        context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        for name in options.SETTINGS
+    )
+    if by_hand or not arguments["calibration"]:
+        return given, None
+    try:
+        found = Calibration.of(bank)
+    except InvalidBank as error:
+        console.warn(str(error))
+        return given, None
+    if found is None:
+        return given, None
+    console.say(f"calibrated by {found.measure}: {found}")
+    return found.settings, found.normalize
 
 
 def fingerprinted(bank: Bank, keep: bool = True) -> int:
