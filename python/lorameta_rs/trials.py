@@ -106,7 +106,7 @@ def trials(
                     settings,
                     [form(gram, _by_others(seen, gram), leave_one_out=True) for gram in grams],
                 )
-                for grams in ([unit], of_modules)
+                for grams in ([unit], of_modules)[: len(modules)]  # of one they are the same
             ]
         found += [_scored(modules, rows, settings, "unit") for settings, rows in learned]
     return found, networks
