@@ -279,11 +279,16 @@ def test_a_dry_run_writes_nothing_at_all(bank, dataset, out, lorameta):
     assert (status, len(table.splitlines())) == (0, 4)
     assert "would read" in err
     status, text, _ = lorameta("merge", bank, dataset, "-o", out, "--dry-run", "--json")
-    assert json.loads(text)["plan"]["bytes"] == sum(
+    plan = json.loads(text)["plan"]
+    assert plan["bytes"] == sum(
         tensor.nbytes for name in TEXTS for tensor in tensors(bank / name).values()
     )
+    assert plan["norm_bytes"] == sum((bank / name / WEIGHTS).stat().st_size for name in TEXTS)
     assert listed(bank) == before
     assert not out.exists()
+    assert lorameta("index", bank)[0] == 0
+    _, text, _ = lorameta("merge", bank, dataset, "-o", out, "--dry-run", "--json")
+    assert json.loads(text)["plan"]["norm_bytes"] == 0
 
 
 def test_an_output_is_replaced_only_by_force_and_only_if_it_is_ours(bank, dataset, out, lorameta):
@@ -308,6 +313,11 @@ def test_nan_is_named_and_refused_unless_asked_for(written, dataset, out, lorame
     assert str(written.weights("hamlet")) in err
     assert next(iter(written.numbers["hamlet"])) in err
     assert lorameta(*merge, "--allow-nan")[0] == 0
+
+
+def test_nan_may_be_let_by_where_there_is_none(bank, dataset, out, lorameta):
+    status, _, err = lorameta("merge", bank, dataset, "-o", out, "--allow-nan")
+    assert (status, "`svd` could not decompose the NaN" in err) == (0, True), err
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ def test_of_a_dataset(folder, dataset, tmp_path):
         "metric": "cosine",
         "pipeline": "normalized",
         "temperature": 0.3,
+        "scale": 1.0,
         "top_k": 2,
         "mass": None,
         "min_similarity": None,

@@ -3,29 +3,45 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lorameta_rs.relevance import effective_number, leave_one_out_nearest, relevance
+from lorameta_rs.relevance import effective_number, leave_one_out_nearest, percentile, relevance
+
+OWN = np.arange(200) / 200
+
+
+def of(*distances, own=OWN):
+    """The figures of distances by one metric."""
+    return relevance(
+        [chr(97 + i) for i in range(len(distances))],
+        np.array(distances),
+        np.ones(len(distances)),
+        percentile(np.array([distances]), [own]),
+    )
 
 
 def test_the_nearest_and_its_percentile():
-    own = np.array([0.1, 0.2, 0.3, 0.4])
-    found = relevance(["a", "b"], np.array([0.5, 0.25]), np.array([0.1, 0.9]), own)
+    found = of(0.5, 0.25, own=np.array([0.1, 0.2, 0.3, 0.4]))
     assert (found.nearest, found.distance, found.percentile) == ("b", 0.25, 50.0)
     assert found.warning is None
 
 
 def test_warns_past_the_99th_percentile():
-    own = np.arange(200) / 200
-    even = np.array([1.0])
-    assert relevance(["a"], np.array([own[198]]), even, own).warning is None
-    found = relevance(["a"], np.array([own[199]]), even, own)
+    assert of(OWN[198]).warning is None
+    found = of(OWN[199])
     assert found.warning is not None
     assert "no member of the bank is close: `a` is nearest at 0.995" in found.warning
-    assert relevance(["a"], np.array([2.0]), even, own).percentile == 100.0
+    assert of(2.0).percentile == 100.0
+
+
+def test_each_metric_counts_in_its_own_unit():
+    own = [np.array([0.1, 0.2]), np.array([10.0, 20.0])]
+    assert percentile(np.array([[0.15, 9.0], [30.0, 25.0]]), own) == 75.0
+    assert percentile(np.array([[0.05, 9.0], [30.0, 5.0]]), own) == 0.0
+    assert percentile(np.array([[1.0], [1.0]]), [own[0], None]) is None
 
 
 def test_unknown_without_the_banks_own_distances():
     for own in (None, leave_one_out_nearest(np.zeros((1, 1)))):
-        found = relevance(["a"], np.array([9.0]), np.array([1.0]), own)
+        found = of(9.0, own=own)
         assert (found.percentile, found.warning) == (None, None)
 
 

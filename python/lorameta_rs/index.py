@@ -226,7 +226,7 @@ def nearest_distances(
 
     Args:
         bank: Its members all have fingerprints.
-        metric: A key of `distance.METRICS`, or several, separated by commas.
+        metric: A key of `distance.METRICS`.
         patient: Compute them however long it takes, and keep them in the index.
         progress: Told how many members are done, of how many.
 
@@ -241,11 +241,7 @@ def nearest_distances(
     if len(bank) > _QUICK and not patient:
         return None
     tell = None if progress is None else lambda done: progress(done, len(bank))
-    matrices = [
-        distance.pairwise(name, bank.fingerprints, tell)
-        for name in distance.applicable(metric, bank.fingerprints)
-    ]
-    found = leave_one_out_nearest(matrices[0] if len(matrices) == 1 else np.stack(matrices))
+    found = leave_one_out_nearest(distance.pairwise(metric, bank.fingerprints, tell))
     if patient and len(bank) > 1:
         index.nearest[metric] = {"fingerprints": key, "distances": found.tolist()}
         index.save()

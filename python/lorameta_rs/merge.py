@@ -180,6 +180,8 @@ class Merged:
     """By how much of ΔW `soup` would have erred at most, where the choice depended on it."""
     soup_error_exact: bool
     """Whether that was computed of every module, and not estimated."""
+    norm_bytes: int
+    """What is read before that, for norms that the index does not have."""
     outcomes: list[_core.Outcome]
     """For each job its rank where the method chose it, and what of ΔW that keeps."""
 
@@ -187,13 +189,13 @@ class Merged:
 def plan(bank: Bank, jobs: Sequence[Job], options: Options | None = None) -> Merged:
     """What `merge` would read and take, without doing it; errors as `merge`."""
     options = options or Options()
-    sums = Sums.of(bank, jobs, options)
+    sums = Sums.of(bank, jobs, options, dry=True)
     result_config(bank.base_model, sums.members, sums.rank or 1, 1.0)
     if "gguf" in options.formats:
         known_base(options.base, bank.folder)
     run = replace(options, method=sums.method, normalize=sums.normalize)
     planned = _core.plan(sums.terms, run)
-    return Merged(planned, sums.method, sums.soup_error, sums.soup_error_exact, [])
+    return Merged(planned, sums.method, sums.soup_error, sums.soup_error_exact, sums.norm_bytes, [])
 
 
 def merge(
@@ -257,7 +259,9 @@ def merge(
                     _write(stage / CARD, model_card(record, config, places[i][to], to))
         except UnreadableFile as error:
             raise _of_output(error, stages, outs) from error
-    return Merged(done, sums.method, sums.soup_error, sums.soup_error_exact, outcomes)
+    return Merged(
+        done, sums.method, sums.soup_error, sums.soup_error_exact, sums.norm_bytes, outcomes
+    )
 
 
 def written_to(out: Path, formats: Sequence[str]) -> dict[str, Path]:

@@ -11,7 +11,7 @@ import numpy as np
 from lorameta_rs import coefficients, distance, learned
 from lorameta_rs.errors import InvalidSetting
 from lorameta_rs.index import nearest_distances
-from lorameta_rs.relevance import Relevance, relevance
+from lorameta_rs.relevance import Relevance, percentile, relevance
 
 if TYPE_CHECKING:
     from lorameta_rs._metrics import Floats
@@ -55,7 +55,7 @@ class Ranking:
     distances: Floats
     """By the metric; of several metrics what `coefficients.combined` makes."""
     similarity: Floats | None
-    """Of several metrics the mean of those that have one."""
+    """Of several metrics that of `js`."""
     coefficients: Floats
     relevance: Relevance
     settings: Settings
@@ -89,12 +89,9 @@ def rank(bank: Bank, target: Fingerprint, settings: Settings | None = None) -> R
     settings = replace(settings, metric=distance.SEPARATOR.join(metrics))
     every = np.stack([distance.distances(name, bank_counts, target, compat) for name in metrics])
     found = every[0] if len(metrics) == 1 else every
-    similar = [
-        one
-        for name, own in zip(metrics, every, strict=True)
-        if (one := distance.similarity(name, own)) is not None
-    ]
-    similarity = np.mean(similar, axis=0) if similar else None
+    likened = metrics[0] if len(metrics) == 1 else "js"
+    alike = distance.distances(likened, bank_counts, target, compat)
+    similarity = distance.similarity(likened, alike)
     combined = coefficients.combined(every) if len(metrics) > 1 else found
     if settings.pipeline in learned.PIPELINES:
         chosen = _learned(bank, settings, combined, similarity)
@@ -105,8 +102,8 @@ def rank(bank: Bank, target: Fingerprint, settings: Settings | None = None) -> R
             similarity,
         )
     chosen = chosen * _checked_scale(settings.scale)
-    own = nearest_distances(bank, settings.metric) if compat is None else None
-    about = relevance(bank.names, combined, chosen, own)
+    own = [None if compat is not None else nearest_distances(bank, name) for name in metrics]
+    about = relevance(bank.names, combined, chosen, percentile(every, own))
     note = None if every_metric else _without_relations(bank, target)
     return Ranking(bank.names, combined, similarity, chosen, about, settings, note)
 

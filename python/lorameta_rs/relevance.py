@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lorameta_rs.coefficients import combined_rows
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -24,10 +22,10 @@ class Relevance:
     nearest: str
     """Name of the nearest member."""
     distance: float
-    """Its distance, in the metric's unit."""
+    """Its distance, as `Ranking.distances`."""
     percentile: float | None
-    """Share of the bank's own datasets, in percent, whose nearest other is nearer than this one is
-    to the new dataset; None where the bank's own distances are not known."""
+    """Share of the bank's own datasets, in percent, that are nearer to their nearest other than the
+    new dataset is to its own; None where the bank's own distances are not known."""
     effective_number: float
     """exp(H(|c|/Σ|c|)): 1 for one adapter alone, n for n in equal parts."""
 
@@ -46,7 +44,7 @@ def relevance(
     names: Sequence[str],
     distances: Floats,
     coefficients: Floats,
-    bank_nearest: Floats | None = None,
+    percentile: float | None = None,
 ) -> Relevance:
     """The figures of one ranking.
 
@@ -54,17 +52,35 @@ def relevance(
         names: The members' names [n].
         distances: Of the new dataset from the members [n].
         coefficients: What was made of them [n]; negative ones count by their size.
-        bank_nearest: `leave_one_out_nearest` of the bank by the same metric, where known.
+        percentile: As `percentile` has it.
 
-    >>> found = relevance(["a", "b"], np.array([0.6, 0.5]), np.array([0.5, 0.5]), np.array([0.2]))
-    >>> found.nearest, found.percentile, round(found.effective_number, 6)
-    ('b', 100.0, 2.0)
+    >>> found = relevance(["a", "b"], np.array([0.6, 0.5]), np.array([0.5, 0.5]))
+    >>> found.nearest, round(found.effective_number, 6)
+    ('b', 2.0)
     """
     i = int(np.argmin(distances))
-    percentile = None
-    if bank_nearest is not None and len(bank_nearest) > 0:
-        percentile = 100.0 * float(np.mean(bank_nearest < distances[i]))
     return Relevance(names[i], float(distances[i]), percentile, effective_number(coefficients))
+
+
+def percentile(distances: Floats, bank_nearest: Sequence[Floats | None]) -> float | None:
+    """How far a dataset is from its bank, beside the bank's own datasets, in percent.
+
+    Args:
+        distances: Of the new dataset from the members, by each metric [metrics, n].
+        bank_nearest: `leave_one_out_nearest` of the bank by each metric.
+
+    Returns:
+        The share of the bank's datasets that are nearer to their nearest other than the new one is
+        to its own; the mean over metrics, each in its own unit. None where that is not known.
+
+    >>> percentile(np.array([[0.6, 0.5]]), [np.array([0.2, 0.55])])
+    50.0
+    """
+    known = [own for own in bank_nearest if own is not None and len(own) > 0]
+    if len(known) < len(bank_nearest):
+        return None
+    nearer = [float(np.mean(own < d.min())) for d, own in zip(distances, known, strict=True)]
+    return 100.0 * float(np.mean(nearer))
 
 
 def effective_number(coefficients: Floats) -> float:
@@ -78,14 +94,12 @@ def leave_one_out_nearest(matrix: Floats) -> Floats:
     """Each dataset's distance to the nearest other of its bank.
 
     Args:
-        matrix: `distance.pairwise` of the bank [n, n]; or by several metrics [metrics, n, n].
+        matrix: `distance.pairwise` of the bank [n, n].
 
     Returns:
         float64 [n]; empty for a bank of one, which has no other.
     """
-    n = matrix.shape[-1]
-    if n < 2:
+    if len(matrix) < 2:
         return np.empty(0)
-    rows = combined_rows(matrix) if matrix.ndim == 3 else matrix
-    others = np.where(np.eye(n, dtype=bool), np.inf, rows)
+    others = np.where(np.eye(len(matrix), dtype=bool), np.inf, matrix)
     return np.asarray(others.min(axis=1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +16,6 @@ from lorameta_rs.shape import delta_norms
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from lorameta_rs._metrics import Floats
     from lorameta_rs.bank import Bank
@@ -68,10 +68,12 @@ class Sums:
     soup_error_exact: bool
     rank: int | None
     alpha: float | None
+    norm_bytes: int
+    """What is read for norms that the index does not have."""
 
     @classmethod
-    def of(cls, bank: Bank, jobs: Sequence[Job], options: Options) -> Sums:
-        """What `jobs` ask for.
+    def of(cls, bank: Bank, jobs: Sequence[Job], options: Options, dry: bool = False) -> Sums:
+        """What `jobs` ask for; `dry` leaves norms alone, which may take a reading of the bank.
 
         Raises:
             InvalidSetting: Coefficients are not finite, all zero, or for another bank.
@@ -94,14 +96,15 @@ class Sums:
         normalize = options.normalize or _normalization(jobs, options)
         method, error, whole = _method(members, terms, replace(options, normalize=normalize))
         rank = _common_rank(members)
-        if normalize == "unit":
+        norm_bytes = _norm_bytes(members, Index.of(bank)) if normalize == "unit" else 0
+        if normalize == "unit" and not dry:
             norms = delta_norms(members, Index.of(bank), base_weights=terms.base_weights)
             terms = replace(terms, coefficients=unit_coefficients(coefficients, norms))
-        if method != "soup":
-            return cls(members, terms, method, normalize, error, whole, rank, None)
-        alpha, strengths = common_scaling(members, _one_rank(members))
-        terms = replace(terms, strengths=strengths)
-        return cls(members, terms, method, normalize, error, whole, rank, alpha)
+        alpha = None
+        if method == "soup":
+            alpha, strengths = common_scaling(members, _one_rank(members))
+            terms = replace(terms, strengths=strengths)
+        return cls(members, terms, method, normalize, error, whole, rank, alpha, norm_bytes)
 
 
 def _normalization(jobs: Sequence[Job], options: Options) -> str:
@@ -109,6 +112,12 @@ def _normalization(jobs: Sequence[Job], options: Options) -> str:
     compared = all(job.ranking is not None for job in jobs)
     sums_deltas = options.method in ("auto", "svd", "cat") and not options.allow_nan
     return "unit" if compared and sums_deltas else "none"
+
+
+def _norm_bytes(members: Sequence[Member], index: Index) -> int:
+    """The size of the members whose norms are not known."""
+    unknown = [member for member in members if index.norms(member) is None]
+    return sum(Path(member.adapter.path).stat().st_size for member in unknown)
 
 
 def _checked(job: Job, bank: Bank) -> Floats:
@@ -143,12 +152,14 @@ def _method(
     if options.method != "auto":
         return options.method, None, True
     fixed = options.rank is not None or options.energy is not None or options.normalize != "none"
+    if options.allow_nan and not fixed:
+        # NaN has no decomposition.
+        return ("cat" if _common_rank(members) is None else "soup"), None, True
     dora = any(member.config.use_dora for member in members)
     if fixed or dora or _common_rank(members) is None:
         return "svd", None, True
     errors, exact = _core.soup_errors(terms, options)
     error = max(errors)
-    # Written so that NaN, which only `allow_nan` lets in, goes into the sum that can hold it.
     return ("svd" if error > LARGEST_SOUP_ERROR else "soup"), error, exact
 
 

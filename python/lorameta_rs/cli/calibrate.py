@@ -75,6 +75,7 @@ def calibrate(
     `rank` and `merge` use it from then on. Also learns `--pipeline` neural, ridge and simplex.
     """
     from lorameta_rs.calibration import calibrated
+    from lorameta_rs.distance import SEPARATOR
     from lorameta_rs.index import hash_adapters, nearest_distances
     from lorameta_rs.merge import Options
     from lorameta_rs.trials import METRICS
@@ -95,7 +96,8 @@ def calibrate(
     if base is not None:
         found = _by_answers(opened, found, base, arguments)
     found.save(opened)
-    nearest_distances(opened, found.settings.metric, patient=True)
+    for name in found.settings.metric.split(SEPARATOR):
+        nearest_distances(opened, name, patient=True)
     if as_json:
         console.data(found.content)
         return

@@ -25,6 +25,7 @@ def demo(folder: Path, as_json: bool) -> None:
     from lorameta_rs.bank import Bank
     from lorameta_rs.cli.rank import described
     from lorameta_rs.demo import copy_out
+    from lorameta_rs.distance import SEPARATOR
     from lorameta_rs.flow import generate
     from lorameta_rs.index import hash_adapters, make_fingerprints, nearest_distances
     from lorameta_rs.ranking import Settings
@@ -33,7 +34,8 @@ def demo(folder: Path, as_json: bool) -> None:
     bank = Bank(data.bank)
     make_fingerprints(bank)
     hash_adapters(bank)
-    nearest_distances(bank, Settings().metric, patient=True)
+    for name in Settings().metric.split(SEPARATOR):
+        nearest_distances(bank, name, patient=True)
     out = folder / "adapter"
     ranking = generate(bank, data.dataset, out)
     if as_json:

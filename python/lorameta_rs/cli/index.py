@@ -33,6 +33,7 @@ def index(bank: Path, metrics: tuple[str, ...], as_json: bool, **arguments: Any)
     Does only what is missing or out of date. `merge` and `rank` count tokens too, where they have
     to, but what `index` keeps tells them more: which files they use, and how near is near.
     """
+    from lorameta_rs.distance import applicable
     from lorameta_rs.index import hash_adapters, nearest_distances
 
     opened = options.bank_from(bank, arguments, arguments["columns"])
@@ -40,8 +41,9 @@ def index(bank: Path, metrics: tuple[str, ...], as_json: bool, **arguments: Any)
     with console.steps("hashing adapters", len(opened)) as step:
         hashed = hash_adapters(opened, progress=step)
     for metric in metrics:
-        with console.progress(f"comparing datasets by {metric}") as update:
-            nearest_distances(opened, metric, patient=True, progress=update)
+        for name in applicable(metric, opened.fingerprints):
+            with console.progress(f"comparing datasets by {name}") as update:
+                nearest_distances(opened, name, patient=True, progress=update)
     if as_json:
         reasons = {name: str(error) for name, error in opened.left_out.items()}
         console.data(

@@ -466,6 +466,10 @@ def _say_done(bank: Bank, jobs: Sequence[Job], done: Merged, run: Options, dry_r
         f"{console.size(plan.memory)} of buffers and mapped pages, "
         f"{console.number(plan.threads, 'thread')}"
     )
+    if done.norm_bytes:
+        read += f", and {console.size(done.norm_bytes)} for norms, which `index` keeps,"
+    if run.allow_nan and run.method == "auto":
+        console.say(f"method {done.method}: `svd` could not decompose the NaN that is let by")
     if done.soup_error is not None:
         console.say(
             f"method {done.method}: summing A and B apart would change ΔW by "
@@ -540,6 +544,7 @@ def _as_data(bank: Bank, jobs: Sequence[Job], done: Merged, run: Options) -> dic
     for one, result in zip(described, served, strict=False):
         one["servers"] = breaches(result)
     plan = {name: getattr(done.plan, name) for name in ("bytes", "memory", "threads")}
+    plan["norm_bytes"] = done.norm_bytes
     chosen = {
         "method": done.method,
         "soup_error": done.soup_error,
