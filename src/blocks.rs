@@ -105,6 +105,9 @@ const SUMMED: usize = 4 << 20;
 const SHORTEST: usize = 1024;
 const TILE: usize = 64;
 
+/// A cache line, in elements.
+pub(crate) const LINE: usize = 16;
+
 /// What one write should have at least, in elements.
 const WRITTEN: usize = 1 << 16;
 
@@ -129,7 +132,7 @@ impl Plan {
         // is written together the sums, and a target's sums once more in the output's type.
         let (row, sum) = (group * widest, targets * 4 + 4);
         let extra = held().map(|holder| bank.tensor(*holder).extra()).max().unwrap_or(0);
-        let fixed = group * (STRIP * 4 + 128) + extra;
+        let fixed = group * (STRIP * 4 + 128) + targets * 2 * LINE * 4 + extra;
         let share = options.memory / threads;
         let fits = share.saturating_sub(fixed) / (row + sum);
         if fits < SHORTEST.min(total) {

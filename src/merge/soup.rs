@@ -7,7 +7,7 @@ use crate::{
     Dtype, Io,
     adapter::Adapter,
     bank::{Bank, Holder, Slot},
-    blocks::{Options, Piece, Plan, REUSED, Run, STRIP, joined},
+    blocks::{LINE, Options, Piece, Plan, REUSED, Run, STRIP, joined},
     error::{At, Error, Result, not_finite},
     joint::each_on_threads,
     kernels::{Kernel, widest},
@@ -174,7 +174,7 @@ impl<'a> Worker<'a> {
             }
             return Ok(());
         }
-        for (sums, writer) in self.sums.chunks(columns(block)).zip(writers) {
+        for (sums, writer) in self.sums.chunks(stride(block)).zip(writers) {
             match write_block(block, sums, writer)? {
                 Some(piece) if !allow_nan => return Err(self.blame(&piece, dtype)),
                 _ => {}
@@ -190,11 +190,12 @@ impl<'a> Worker<'a> {
         targets: Range<usize>,
         adapters: &[Range<usize>],
     ) -> Result<()> {
-        let stride = columns(block);
-        self.sums.clear();
+        let stride = stride(block);
         self.sums.resize(targets.len() * stride, 0.0);
         let mut start = 0;
         for run in block {
+            // Shortly before they are used, and so in a near cache.
+            self.sums.chunks_mut(stride).for_each(|row| row[start..start + run.len].fill(0.0));
             for group in adapters.iter().flat_map(|range| groups(range, self.soup.plan.group)) {
                 self.each_range(run, &group, Source::announce);
                 let mut at = start;
@@ -311,9 +312,10 @@ impl<'a> Worker<'a> {
     }
 }
 
-/// The number of columns of a block.
-fn columns(block: &[Run]) -> usize {
-    block.iter().map(|run| run.len).sum()
+/// How far apart a block's rows of sums begin: a cache line more than a row is long, so that the
+/// rows of many targets do not share the same places of a cache.
+fn stride(block: &[Run]) -> usize {
+    block.iter().map(|run| run.len).sum::<usize>().next_multiple_of(LINE) + LINE
 }
 
 /// `range` in parts of `length`; the last one may be shorter.
