@@ -32,7 +32,8 @@ def pack(
     """Write all members of a bank in another format, with all that the new bank needs.
 
     That is their fingerprints, which are made if they are missing, and the tokenizer: the datasets
-    themselves stay where they are.
+    themselves stay where they are. A bank that has neither fingerprints nor datasets is written
+    without: weights given by hand need none.
 
     Args:
         bank: Its members.
@@ -51,7 +52,9 @@ def pack(
     """
     if to == "mlx":
         raise InvalidSetting("a bank has members of PEFT or GGUF: convert adapters one by one")
-    make_fingerprints(bank)
+    compared = _has_fingerprints_or_datasets(bank)
+    if compared:
+        make_fingerprints(bank)
     size = 0
     with staged([out]) as (stage,):
         for member in bank.members:
@@ -61,8 +64,14 @@ def pack(
             folder.mkdir()
             write(member, folder, to, dtype, base, options)
             size += sum(file.stat().st_size for file in folder.iterdir())
-            bank.fingerprint(member).save(folder / bank.fingerprint_path(member).name)
+            if compared:
+                bank.fingerprint(member).save(folder / bank.fingerprint_path(member).name)
         if bank.has_tokenizer:
             with files.reading(bank.tokenizer.path) as file:
                 files.write_whole(stage / TOKENIZER, file.read())
     return size
+
+
+def _has_fingerprints_or_datasets(bank: Bank) -> bool:
+    nothing = bank.unfingerprinted().keys() - bank.outdated().keys()
+    return any(member.name not in nothing or bank.dataset(member) for member in bank.members)
