@@ -12,7 +12,7 @@ use rayon::prelude::*;
 
 use crate::{
     container::{self, Container, Contents, Opening},
-    error::{At, Error, Result},
+    error::{At, Error, Quoted, Result},
     gguf,
     layout::Layout,
 };
@@ -99,6 +99,24 @@ impl Adapter {
             Ok(adapter)
         };
         paths.par_iter().map(open).collect()
+    }
+
+    /// The same, with so many experts in the factors of each module of its layout.
+    ///
+    /// # Errors
+    /// A rank is no multiple of them.
+    pub fn with_experts(&self, experts: &[usize]) -> Result<Self> {
+        let mut layout = Layout::clone(&self.layout);
+        for (module, &experts) in layout.modules.iter_mut().zip(experts) {
+            if experts == 0 || !module.rank.is_multiple_of(experts) {
+                let (rank, name) = (module.rank, Quoted(&module.name));
+                let text = format!("{rank} rows of {name} are not those of {experts} experts");
+                return Err(Error::Setting(text));
+            }
+            module.rank /= experts;
+            module.experts = experts;
+        }
+        Ok(Self { layout: Arc::new(layout), ..self.clone() })
     }
 
     /// The file's size and time of change when its header was read.

@@ -165,14 +165,14 @@ impl Plan {
     }
 
     /// A job that goes through whole modules, a thread with one at a time, for which it holds
-    /// `need` bytes at most. A module is read `times` times.
+    /// `need` bytes at most. A module's A and B are read `times` times.
     ///
     /// # Errors
     /// Not even one module at a time fits into the budget.
     pub(crate) fn of_modules(
         adapters: &[&Adapter],
         joints: &[Joint],
-        times: impl Fn(&Joint) -> u64,
+        times: impl Fn(&Joint) -> [u64; 2],
         need: usize,
         options: &Options,
     ) -> Result<Self> {
@@ -185,14 +185,17 @@ impl Plan {
             });
         }
         let threads = options.cores().min(options.memory / need.max(1)).min(joints.len()).max(1);
-        let size = |share: &Share| {
+        let size = |share: &Share, [a, b]: [u64; 2]| {
             let layout = &adapters[share.adapter].layout;
             let module = &layout.modules[share.module];
             let bytes = |tensor: usize| &layout.tensors[tensor].bytes;
             let size = |tensor: usize| bytes(tensor).end - bytes(tensor).start;
-            size(module.a) + size(module.b)
+            a * size(module.a) + b * size(module.b)
         };
-        let of = |joint: &Joint| times(joint) * joint.holders.iter().map(size).sum::<u64>();
+        let of = |joint: &Joint| {
+            let times = times(joint);
+            joint.holders.iter().map(|share| size(share, times)).sum::<u64>()
+        };
         Ok(Self {
             bytes: joints.iter().map(of).sum(),
             memory: threads * need,

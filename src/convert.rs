@@ -80,7 +80,7 @@ pub fn convert(
     let joints = joint_modules(&[adapter])?;
     let outputs = outputs(&joints, conversion)?;
     let need = outputs.iter().map(Output::need).max().unwrap_or(0);
-    let plan = Plan::of_modules(&[adapter], &joints, |_| 1, need, options)?;
+    let plan = Plan::of_modules(&[adapter], &joints, |_| [1, 1], need, options)?;
     let reader = Reader::open(&[adapter], options.io, options.allow_nan, watch)?;
     let writer = create(out, &outputs, conversion)?;
     each_on_threads(outputs.len(), plan.threads, watch, Buffers::default, |buffers, index| {
@@ -121,6 +121,13 @@ fn output<'a>(joint: &'a Joint, factor: Factor, conversion: &Conversion<'_>) -> 
     let rank = conversion.rank.unwrap_or(module.rank);
     if rank < module.rank {
         return setting(format!("rank is {rank}, {quoted} has {}", module.rank));
+    }
+    if module.experts > 1 && (conversion.container != Container::Peft || rank != module.rank) {
+        return setting(format!(
+            "{quoted} has a matrix for each of {} experts, which is not written as {} of rank {rank}",
+            module.experts,
+            conversion.container.name()
+        ));
     }
     let mut shape = joint.shape(factor, rank);
     let letter = if factor == Factor::A { "a" } else { "b" };
@@ -213,6 +220,11 @@ impl Output<'_> {
         }
     }
 
+    /// The rows of A, or columns of B, that there are.
+    fn own(&self) -> usize {
+        self.joint.module.rank * self.joint.module.experts
+    }
+
     /// The rank in the file.
     fn rank(&self) -> usize {
         self.shape.iter().product::<usize>() / self.length().max(1)
@@ -244,7 +256,7 @@ impl Output<'_> {
         allow_nan: bool,
         buffers: &mut Buffers,
     ) -> Result<()> {
-        let (own, rank, length) = (self.joint.module.rank, self.rank(), self.length());
+        let (own, rank, length) = (self.own(), self.rank(), self.length());
         let put = |start: usize, numbers: &[f32]| {
             if writer.write(index, start, numbers)? || allow_nan {
                 return Ok(());
@@ -298,7 +310,7 @@ impl Output<'_> {
         count: usize,
         buffers: &mut Buffers,
     ) -> Result<()> {
-        let (rank, length, share) = (self.joint.module.rank, self.length(), self.joint.holders[0]);
+        let (rank, length, share) = (self.own(), self.length(), self.joint.holders[0]);
         let Buffers { bytes, read, .. } = buffers;
         read.clear();
         read.resize(rank * count, 0.0);

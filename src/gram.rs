@@ -16,7 +16,8 @@ use crate::{
     adapter::Adapter,
     blocks::Options,
     error::Result,
-    joint::{Reader, Share, each_on_threads},
+    experts::each_expert,
+    joint::{Reader, Share, each_on_threads, joint_modules},
     layout::Factor,
     watch::Watch,
 };
@@ -31,18 +32,22 @@ pub fn norms(adapters: &[Adapter], options: &Options, watch: &Watch) -> Result<V
     let reader = Reader::open(&all, options.io, options.allow_nan, watch)?;
     let found = Mutex::new(vec![vec![]; all.len()]);
     each_on_threads(all.len(), options.cores(), watch, Buffers::default, |buffers, adapter| {
-        let layout = &all[adapter].layout;
-        let own = layout.modules.iter().enumerate().map(|(module, paired)| {
-            let share = Share { adapter, module, rank: paired.rank };
-            let mut a = std::mem::take(&mut buffers.a);
-            factor_gram(&reader, share, Factor::A, buffers, &mut a)?;
-            let mut b = std::mem::take(&mut buffers.b);
-            factor_gram(&reader, share, Factor::B, buffers, &mut b)?;
-            let square: f64 = a.iter().zip(&b).map(|(x, y)| x * y).sum();
-            (buffers.a, buffers.b) = (a, b);
-            Ok(square.max(0.0).sqrt())
-        });
-        let own = own.collect::<Result<Vec<f64>>>()?;
+        let mut own = vec![0.0; all[adapter].layout.modules.len()];
+        for mut joint in joint_modules(&[all[adapter]])? {
+            joint.holders.iter_mut().for_each(|share| share.adapter = adapter);
+            let mut square = 0.0;
+            each_expert(&reader, &joint, |reader, joint| {
+                let share = joint.holders[0];
+                let mut a = std::mem::take(&mut buffers.a);
+                factor_gram(reader, share, Factor::A, buffers, &mut a)?;
+                let mut b = std::mem::take(&mut buffers.b);
+                factor_gram(reader, share, Factor::B, buffers, &mut b)?;
+                square += a.iter().zip(&b).map(|(x, y)| x * y).sum::<f64>().max(0.0);
+                (buffers.a, buffers.b) = (a, b);
+                Ok(())
+            })?;
+            own[joint.holders[0].module] = square.sqrt();
+        }
         found.lock().unwrap_or_else(std::sync::PoisonError::into_inner)[adapter] = own;
         Ok(())
     })?;
@@ -70,7 +75,7 @@ pub fn cosines(
         let place = modules.iter().position(|found| found.name == module)?;
         let paired = &modules[place];
         let shape = &all[adapter].layout.tensors[paired.a].shape;
-        Some((Share { adapter, module: place, rank: paired.rank }, shape))
+        Some((Share { adapter, module: place, rank: paired.rank, expert: None }, shape))
     };
     let shape = (0..all.len()).find_map(of).map(|(_, shape)| shape);
     let shares: Vec<Share> = (0..all.len())
@@ -107,9 +112,10 @@ fn numbers(
     bytes: &mut Vec<u8>,
 ) -> Result<Vec<f32>> {
     let layout = &reader.adapters[share.adapter].layout;
-    let tensor = &layout.tensors[layout.modules[share.module].tensor(factor)];
-    let mut numbers = vec![0.0; tensor.len()];
-    reader.read(share, factor, 0..tensor.len(), bytes, &mut numbers)?;
+    let module = &layout.modules[share.module];
+    let experts = share.expert.map_or(1, |_| module.experts);
+    let mut numbers = vec![0.0; layout.tensors[module.tensor(factor)].len() / experts];
+    reader.read(share, factor, 0..numbers.len(), bytes, &mut numbers)?;
     Ok(numbers)
 }
 
@@ -137,7 +143,8 @@ fn factor_gram(
     const PART: usize = 256;
     let layout = &reader.adapters[share.adapter].layout;
     let rank = share.rank;
-    let length = layout.tensors[layout.modules[share.module].tensor(factor)].len() / rank;
+    let module = &layout.modules[share.module];
+    let length = layout.tensors[module.tensor(factor)].len() / (rank * module.experts);
     gram.clear();
     gram.resize(rank * rank, 0.0);
     for from in (0..length).step_by(PART) {

@@ -4,7 +4,10 @@
 use std::{
     collections::BTreeMap,
     ops::Range,
-    sync::atomic::{AtomicUsize, Ordering::Relaxed},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
 };
 
 use rayon::ThreadPoolBuilder;
@@ -13,6 +16,7 @@ use crate::{
     Io,
     adapter::Adapter,
     error::{At, Error, Result, not_finite},
+    experts::Held,
     kernels::widest,
     layout::{Factor, Kind, Module},
     source::Source,
@@ -43,6 +47,8 @@ pub(crate) struct Share {
     /// As an index into the adapter's layout.
     pub(crate) module: usize,
     pub(crate) rank: usize,
+    /// Which of the module's experts, where one is taken as a module of its own.
+    pub(crate) expert: Option<usize>,
 }
 
 impl Joint {
@@ -64,8 +70,8 @@ impl Joint {
     /// A factor's shape at another rank.
     pub(crate) fn shape(&self, factor: Factor, rank: usize) -> Vec<usize> {
         match factor {
-            Factor::A => [&[rank][..], &self.inner].concat(),
-            Factor::B => [&[self.outer, rank][..], &self.behind].concat(),
+            Factor::A => [&[rank * self.module.experts][..], &self.inner].concat(),
+            Factor::B => [&[self.outer, rank * self.module.experts][..], &self.behind].concat(),
         }
     }
 }
@@ -82,7 +88,7 @@ pub(crate) fn joint_modules(adapters: &[&Adapter]) -> Result<Vec<Joint>> {
         for (index, module) in layout.modules.iter().enumerate() {
             let shape = |factor| &layout.tensors[module.tensor(factor)].shape[..];
             let (a, b) = (shape(Factor::A), shape(Factor::B));
-            let share = Share { adapter, module: index, rank: module.rank };
+            let share = Share { adapter, module: index, rank: module.rank, expert: None };
             let joint =
                 found.entry((&module.name, module.kind == Kind::Embedding)).or_insert_with(|| {
                     Joint {
@@ -115,7 +121,8 @@ pub(crate) fn joint_modules(adapters: &[&Adapter]) -> Result<Vec<Joint>> {
 /// Adapters that are open for whole factors to be read.
 pub(crate) struct Reader<'a> {
     pub(crate) adapters: Vec<&'a Adapter>,
-    sources: Vec<Source>,
+    sources: Arc<[Source]>,
+    held: Option<Held>,
     allow_nan: bool,
     pub(crate) watch: &'a Watch,
 }
@@ -137,7 +144,13 @@ impl<'a> Reader<'a> {
         }
         let open = |adapter: &&Adapter| Source::new(adapter.file()?, io).at(&adapter.path);
         let sources = adapters.iter().map(open).collect::<Result<_>>()?;
-        Ok(Self { adapters: adapters.to_vec(), sources, allow_nan, watch })
+        Ok(Self { adapters: adapters.to_vec(), sources, held: None, allow_nan, watch })
+    }
+
+    /// The same, for the experts that are held.
+    pub(crate) fn holding(&self, held: Held) -> Self {
+        let (adapters, sources) = (self.adapters.clone(), Arc::clone(&self.sources));
+        Self { adapters, sources, held: Some(held), ..*self }
     }
 
     /// The elements in `range` of a factor, counted row by row, into `numbers`; `bytes` is made as
@@ -154,8 +167,26 @@ impl<'a> Reader<'a> {
         bytes: &mut Vec<u8>,
         numbers: &mut [f32],
     ) -> Result<()> {
-        let module = &self.adapters[share.adapter].layout.modules[share.module];
-        self.tensor(share.adapter, module.tensor(factor), range, bytes, numbers)
+        let layout = &self.adapters[share.adapter].layout;
+        let module = &layout.modules[share.module];
+        let tensor = module.tensor(factor);
+        let Some(expert) = share.expert else {
+            return self.tensor(share.adapter, tensor, range, bytes, numbers);
+        };
+        let length = layout.tensors[tensor].len() / module.experts;
+        match (factor, &self.held) {
+            (Factor::B, Some(held)) => {
+                self.watch.go_on()?;
+                let own = held.read(share.adapter, expert, length, range);
+                numbers[..own.len()].copy_from_slice(own);
+                Ok(())
+            }
+            // Its rows lie together.
+            _ => {
+                let place = expert * length + range.start..expert * length + range.end;
+                self.tensor(share.adapter, tensor, place, bytes, numbers)
+            }
+        }
     }
 
     /// The magnitudes of a DoRA module's rows; none of a plain one.

@@ -34,8 +34,10 @@ pub struct Module {
     pub name: String,
     /// How its factors are to be read.
     pub kind: Kind,
-    /// The rows of A and columns of B.
+    /// The rows of A and columns of B, for each of the experts.
     pub rank: usize,
+    /// How many matrices the factors hold, one for each expert of a mixture; mostly one.
+    pub experts: usize,
     /// `lora_A`, as an index into the layout's tensors.
     pub a: usize,
     /// `lora_B`, as an index into the layout's tensors.
@@ -225,7 +227,7 @@ fn module(
             return fault(format!("has shape {found:?}, expected [{rows}], the rows of lora_B"));
         }
     }
-    Ok(Module { name, kind, rank, a, b, magnitude })
+    Ok(Module { name, kind, rank, experts: 1, a, b, magnitude })
 }
 
 /// A tensor name taken apart.

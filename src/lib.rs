@@ -20,6 +20,7 @@ mod container;
 mod convert;
 mod dtype;
 mod error;
+mod experts;
 pub mod gguf;
 pub mod gram;
 mod header;

@@ -76,6 +76,10 @@ impl PyAdapter {
     fn metadata(&self) -> BTreeMap<String, PyValue> {
         to_values(&self.0.metadata)
     }
+
+    fn with_experts(&self, py: Python<'_>, experts: Vec<usize>) -> PyResult<Self> {
+        self.0.with_experts(&experts).map(Self).map_err(|error| to_python(py, error))
+    }
 }
 
 /// The value of a key of a GGUF file. Lists are left out on reading.
@@ -129,6 +133,7 @@ impl PyLayout {
                 Kind::Conv => "conv",
             },
             rank: module.rank,
+            experts: module.experts,
             dora: module.magnitude.is_some(),
             a_shape: shape(module.a),
             b_shape: shape(module.b),
@@ -159,6 +164,7 @@ struct PyModule {
     name: String,
     kind: &'static str,
     rank: usize,
+    experts: usize,
     dora: bool,
     a_shape: Vec<usize>,
     b_shape: Vec<usize>,

@@ -118,7 +118,6 @@ def test_flag_that_is_no_boolean(load, field, value):
         ("bias", "lora_only"),
         ("modules_to_save", ["lm_head"]),
         ("trainable_token_indices", {"embed_tokens": [1]}),
-        ("target_parameters", ["experts.gate_up_proj"]),
         ("alora_invocation_tokens", [1, 2]),
         ("use_qalora", True),
         ("use_bdlora", {"nblocks": 2}),

@@ -17,6 +17,7 @@ import sys
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeGuard, TypeVar
 
@@ -42,7 +43,6 @@ _NOT_PLAIN_LORA = {
     "lora_bias": "`lora_B.bias` tensors are no part of the product of B and A",
     "modules_to_save": "whole weights that replace the base's cannot be summed",
     "trainable_token_indices": "embedding rows that replace the base's cannot be summed",
-    "target_parameters": "adapters of single parameters (experts) are not supported yet",
     "alora_invocation_tokens": "an activated LoRA works only after its invocation tokens",
     "use_qalora": "QA-LoRA pools the inputs of its modules",
     "use_bdlora": "BD-LoRA's factors are block-diagonal",
@@ -78,6 +78,7 @@ class AdapterConfig:
         fan_in_fan_out: Whether the base stores these weights [in, out], as GPT-2 does.
         use_dora: Whether a magnitude for each row of the base's weights was trained as well.
         target_modules: Names, or one regular expression, or `all-linear`.
+        target_parameters: Single parameters beside them, such as all experts' matrices.
         layer_replication: Ranges of layers that the base repeats.
         extra: All other fields, as they were found.
         warnings: What is doubtful in the file; each names its field.
@@ -95,6 +96,7 @@ class AdapterConfig:
     fan_in_fan_out: bool = False
     use_dora: bool = False
     target_modules: list[str] | str | None = None
+    target_parameters: list[str] = field(default_factory=list)
     layer_replication: list[object] | None = None
     extra: dict[str, object] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
@@ -143,6 +145,7 @@ class AdapterConfig:
             fan_in_fan_out=fields.fan_in_fan_out(),
             use_dora=fields.use_dora(),
             target_modules=fields.target_modules(),
+            target_parameters=fields.target_parameters(),
             layer_replication=fields.layer_replication(),
             extra=fields.remaining(),
             warnings=tuple(fields.warnings),
@@ -202,6 +205,20 @@ class AdapterConfig:
             for alpha, (_, rank) in zip(alphas, modules, strict=True)
         ]
 
+    def parameters(self, module: str) -> list[str]:
+        """Which of `target_parameters` a module's factors may be of; none if it is a module's own.
+
+        PEFT's names do not say it: of several parameters in one place, the later ones hold the
+        earlier in `base_layer`.
+        """
+        place = module.replace(".base_layer", "")
+        parts = [target.rpartition(".") for target in self.target_parameters]
+        return [
+            f"{place}.{name}"
+            for path, _, name in parts
+            if not path or f".{place}".endswith(f".{path}")
+        ]
+
     def _per_module(
         self, name: str, pattern: dict[str, T], default: T, modules: Sequence[str]
     ) -> list[T]:
@@ -211,12 +228,23 @@ class AdapterConfig:
         # Python's `re` backtracks: a hostile key would keep it busy for ever. The core's does not.
         from lorameta_rs._core import first_match
 
+        keys = [self.parameters(module) or [module] for module in modules]
         try:
-            matches = first_match(list(pattern), list(modules))
+            matches = iter(first_match(list(pattern), [key for own in keys for key in own]))
         except InvalidAdapter as error:
             raise InvalidAdapter(f"`{self.path}`: `{name}`: {error}") from error
         values = list(pattern.values())
-        return [default if match is None else values[match] for match in matches]
+        found = []
+        for module, own in zip(modules, keys, strict=True):
+            here = islice(matches, len(own))
+            first, *others = [default if match is None else values[match] for match in here]
+            if any(other != first for other in others):
+                raise InvalidAdapter(
+                    f"`{self.path}`: `{name}` tells {' from '.join(own)}, and which of them "
+                    f"`{module}` is cannot be known without the model"
+                )
+            found.append(first)
+        return found
 
 
 def portable_config(
@@ -425,6 +453,15 @@ class _Fields:
             return value
         expected = "a list of names or one regular expression"
         return self._fail("target_modules", value, expected, 'write for example ["q_proj"]')
+
+    def target_parameters(self) -> list[str]:
+        """The parameters, in the order in which PEFT matches them."""
+        value = self.fields.pop("target_parameters", None)
+        if value is None or (isinstance(value, list) and all(map(_is_text, value))):
+            return sorted(set(value or []))
+        expected = "a list of names"
+        hint = 'write for example ["mlp.experts.down_proj"]'
+        return self._fail("target_parameters", value, expected, hint)
 
     def layer_replication(self) -> list[object] | None:
         value = self.fields.pop("layer_replication", None)

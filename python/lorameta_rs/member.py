@@ -127,8 +127,25 @@ def _member(
             f"`{adapter.path}`: `{name}` and others are {adapter.container} names, not PEFT's\n"
             "`lorameta-rs convert` makes a PEFT adapter of it"
         )
-    member = Member(folder.name, folder, config, adapter)
+    try:
+        member = Member(folder.name, folder, config, _with_experts(config, adapter))
+    except InvalidAdapter as error:
+        return error
     return _disagreement(member) or member
+
+
+def _with_experts(config: AdapterConfig, adapter: _core.Adapter) -> _core.Adapter:
+    """The adapter, with as many experts in each targeted parameter as its rank leaves room for."""
+    if not config.target_parameters:
+        return adapter
+    modules = adapter.layout.modules
+    ranks = config.ranks([module.name for module in modules])
+    return adapter.with_experts(
+        [
+            module.rank // rank if config.parameters(module.name) and module.rank % rank == 0 else 1
+            for module, rank in zip(modules, ranks, strict=True)
+        ]
+    )
 
 
 def _without_weights(folder: Path) -> str:

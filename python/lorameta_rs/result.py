@@ -23,7 +23,7 @@ def result_config(
     Raises:
         LayoutMismatch: The members disagree on something that it must say.
     """
-    for name in ("fan_in_fan_out", "layer_replication"):
+    for name in ("fan_in_fan_out", "layer_replication", "target_parameters"):
         values = [getattr(member.config, name) for member in members]
         for member, value in zip(members, values, strict=True):
             if value != values[0]:
@@ -31,17 +31,21 @@ def result_config(
                     f"`{member.config.path}`: `{name}` is {value}, in `{members[0].name}` it is "
                     f"{values[0]}\nleave one of them out with --exclude NAME"
                 )
+    modules = ((member.config, module) for member in members for module in member.modules)
+    whole = {module.name for config, module in modules if not config.parameters(module.name)}
     tasks = {member.config.task_type for member in members}
     config = portable_config(
         base_model or members[0].config.base_model_name_or_path,
         rank,
         alpha,
-        _target_modules({module.name for member in members for module in member.modules}),
+        _target_modules(whole),
         fan_in_fan_out=members[0].config.fan_in_fan_out,
         task_type=tasks.pop() if len(tasks) == 1 else None,
     )
     if members[0].config.layer_replication is not None:
         config["layer_replication"] = members[0].config.layer_replication
+    if members[0].config.target_parameters:
+        config["target_parameters"] = members[0].config.target_parameters
     return config
 
 

@@ -11,6 +11,7 @@ use super::{
 use crate::{
     adapter::Adapter,
     error::Result,
+    experts::each_expert,
     joint::{Joint, Reader, Share},
     layout::Factor,
 };
@@ -24,8 +25,8 @@ pub(super) struct Deltas<'a> {
     strengths: &'a [Vec<f64>],
     /// The sum of ranks that a group has at most, or one member with more.
     ranks: usize,
-    /// The bytes of each adapter's module, for the sake of progress.
-    sizes: Vec<Vec<u64>>,
+    /// The bytes of A and B of each adapter's module, for the sake of progress.
+    sizes: Vec<Vec<[u64; 2]>>,
 }
 
 impl<'a> Deltas<'a> {
@@ -39,7 +40,7 @@ impl<'a> Deltas<'a> {
         let size = |adapter: &&Adapter| {
             let tensors = &adapter.layout.tensors;
             let bytes = |tensor: usize| tensors[tensor].bytes.end - tensors[tensor].bytes.start;
-            adapter.layout.modules.iter().map(|m| bytes(m.a) + bytes(m.b)).collect()
+            adapter.layout.modules.iter().map(|m| [bytes(m.a), bytes(m.b)]).collect()
         };
         Self {
             strengths,
@@ -58,8 +59,13 @@ impl<'a> Deltas<'a> {
 
     /// What a task reads, in bytes.
     pub(super) fn bytes(&self, joint: &Joint, task: &Task) -> u64 {
-        let size = |share: &Share| self.sizes[share.adapter][share.module];
-        joint.holders[task.rows.start..].iter().map(size).sum()
+        let rest = joint.from(task.rows.start);
+        let times = rest.readings();
+        let size = |share: &Share| {
+            let [a, b] = self.sizes[share.adapter][share.module];
+            a + times * b
+        };
+        rest.holders.iter().map(size).sum()
     }
 
     /// What `entries` takes, in bytes.
@@ -70,6 +76,7 @@ impl<'a> Deltas<'a> {
         let n = joint.holders.len();
         4 * (2 * ranks * (joint.columns() + joint.outer) + 2 * ranks * ranks + 2 * own)
             + n * ranks.min(n) * size_of::<Entry>()
+            + joint.held()
     }
 
     /// Holders from `first` on, in groups.
@@ -93,6 +100,26 @@ impl<'a> Deltas<'a> {
 
     /// The inner products of a module's holders `rows` with themselves and all after them.
     pub(super) fn entries(
+        &self,
+        reader: &Reader<'_>,
+        joint: &Joint,
+        rows: &Range<usize>,
+        room: &mut Room,
+    ) -> Result<Vec<Entry>> {
+        let mut sums: Vec<Entry> = Vec::new();
+        each_expert(reader, &joint.from(rows.start), |reader, rest| {
+            let found = self.entries_of_one(reader, rest, &(0..rows.len()), room)?;
+            if sums.is_empty() {
+                sums = found;
+            } else {
+                sums.iter_mut().zip(found).for_each(|(sum, one)| sum.2 += one.2);
+            }
+            Ok(())
+        })?;
+        Ok(sums)
+    }
+
+    fn entries_of_one(
         &self,
         reader: &Reader<'_>,
         joint: &Joint,

@@ -61,9 +61,10 @@ impl<'a> Gram<'a> {
     pub fn new(adapters: &'a [Adapter], space: Space<'a>, options: Options) -> Result<Self> {
         let adapters: Vec<&Adapter> = adapters.iter().collect();
         adapters.iter().try_for_each(|adapter| adapter.plain("an inner product of factors"))?;
-        let joints = joint_modules(&adapters)?;
+        let mut joints = joint_modules(&adapters)?;
         let (way, tasks, need, bytes) = match space {
             Space::Parameters => {
+                joints.iter_mut().for_each(|joint| *joint = joint.flat());
                 let way = Parameters::new(&joints, options.memory);
                 let whole = |joint: usize| Task { joint, rows: 0..joints[joint].holders.len() };
                 let tasks = (0..joints.len()).map(whole).collect();
@@ -86,7 +87,7 @@ impl<'a> Gram<'a> {
                 (Way::Deltas(way), tasks, need, Some(bytes))
             }
         };
-        let mut plan = Plan::of_modules(&adapters, &joints, |_| 1, need, &options)?;
+        let mut plan = Plan::of_modules(&adapters, &joints, |_| [1, 1], need, &options)?;
         plan.bytes = bytes.unwrap_or(plan.bytes);
         Ok(Self { adapters, joints, way, tasks, options, plan })
     }

@@ -16,6 +16,7 @@ use super::{
 use crate::{
     blocks::Options,
     error::{Error, Result},
+    experts::each_expert,
     joint::{Joint, Reader, each_on_threads, joint_modules},
     layout::Factor,
     merge::gaussian,
@@ -64,28 +65,33 @@ pub fn soup_errors(terms: &Terms<'_>, options: &Options, watch: &Watch) -> Resul
     let room = options.memory / THREADS;
     let of_grams =
         |joint: &Joint| gram_work(joint, terms.targets()) <= EXACT && need(joint) <= room;
-    let work = |joint: &Joint| match of_grams(joint) {
-        true => gram_work(joint, terms.targets()),
-        false => 2 * PROBES * joint.ranks() * (joint.columns() + joint.outer),
+    let work = |joint: &Joint| {
+        let one = match of_grams(joint) {
+            true => gram_work(joint, terms.targets()),
+            false => 2 * PROBES * joint.ranks() * (joint.columns() + joint.outer),
+        };
+        joint.module.experts * one
     };
     let mean = joints.iter().map(work).sum::<usize>() / joints.len().max(1);
     let taken = (WORTH / mean.max(1)).max(FEWEST).min(joints.len());
     let sample: Vec<&Joint> = (0..taken).map(|i| &joints[i * joints.len() / taken]).collect();
     let exact = taken == joints.len() && joints.iter().all(of_grams);
-    // Of each module, so that the sum does not depend on the threads.
+    // Of each module and expert, so that the sum does not depend on the threads.
     let squares = Mutex::new(vec![vec![]; taken]);
     each_on_threads(taken, options.cores().min(THREADS), watch, Vec::new, |bytes, index| {
         let joint = sample[index];
-        let found = match of_grams(joint) {
-            true => by_grams(&reader, terms, joint, bytes)?,
-            false => by_probes(&reader, terms, joint, bytes)?,
-        };
-        squares.lock().unwrap_or_else(std::sync::PoisonError::into_inner)[index] = found;
-        Ok(())
+        each_expert(&reader, joint, |reader, one| {
+            let found = match of_grams(joint) {
+                true => by_grams(reader, terms, one, bytes)?,
+                false => by_probes(reader, terms, one, bytes)?,
+            };
+            squares.lock().unwrap_or_else(std::sync::PoisonError::into_inner)[index].push(found);
+            Ok(())
+        })
     })?;
     let squares = squares.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
     let error = |target: usize| {
-        let all = || squares.iter().map(|of: &Vec<Squares>| of[target]);
+        let all = || squares.iter().flatten().map(|of: &Vec<Squares>| of[target]);
         match all().map(|(difference, _)| difference).sum() {
             0.0 => 0.0,
             difference => (difference / all().map(|(_, whole)| whole).sum::<f64>()).sqrt(),

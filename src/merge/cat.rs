@@ -6,6 +6,7 @@ use crate::{
     Dtype,
     blocks::{Options, Plan},
     error::{Error, Result},
+    experts::interleaved,
     joint::{Joint, Reader, Share, each_on_threads, joint_modules},
     layout::Factor,
     terms::Terms,
@@ -31,12 +32,14 @@ impl<'a> Cat<'a> {
         terms.plain("cat")?;
         let joints = joint_modules(&terms.adapters)?;
         let factor = |joint: &Joint| {
-            let rank = joint.holders.iter().map(|share| share.rank).max().unwrap_or(0);
-            let stacked = joint.ranks() + joint.ranks().max(PART.min(joint.ranks() * joint.outer));
+            let experts = joint.module.experts;
+            let rank = experts * joint.holders.iter().map(|share| share.rank).max().unwrap_or(0);
+            let ranks = experts * joint.ranks();
+            let stacked = ranks + ranks.max(PART.min(ranks * joint.outer));
             (rank * joint.columns() * 3 + stacked) * 4
         };
         let need = joints.iter().map(factor).max().unwrap_or(0);
-        let plan = Plan::of_modules(&terms.adapters, &joints, |_| 1, need, &options)?;
+        let plan = Plan::of_modules(&terms.adapters, &joints, |_| [1, 1], need, &options)?;
         Ok(Self { terms, joints, options, plan })
     }
 
@@ -67,7 +70,15 @@ impl<'a> Cat<'a> {
             let joint = &self.joints[index];
             for (target, writer) in writers.iter().enumerate() {
                 let shares: Vec<_> = self.shares(target, joint).collect();
-                self.write_a(&reader, bytes, target, index, &shares, writer, dtype)?;
+                self.write_a(
+                    &reader,
+                    bytes,
+                    (target, ranks[target]),
+                    index,
+                    &shares,
+                    writer,
+                    dtype,
+                )?;
                 self.write_b(&reader, bytes, ranks[target], index, &shares, writer, dtype)?;
             }
             Ok(())
@@ -93,21 +104,25 @@ impl<'a> Cat<'a> {
         &self,
         reader: &Reader<'_>,
         bytes: &mut Vec<u8>,
-        target: usize,
+        (target, rank): (usize, usize),
         index: usize,
         shares: &[&Share],
         writer: &Writer,
         dtype: Dtype,
     ) -> Result<()> {
         let columns = self.joints[index].columns();
+        let experts = self.joints[index].module.experts;
         let mut start = 0;
         for share in shares {
-            let mut a = vec![0.0; share.rank * columns];
+            let mut a = vec![0.0; experts * share.rank * columns];
             reader.read(**share, Factor::A, 0..a.len(), bytes, &mut a)?;
             let factor = self.terms.product(target, share.adapter, share.module) as f32;
             a.iter_mut().for_each(|x| *x *= factor);
-            self.put(writer, (index, Factor::A), start, &a, dtype)?;
-            start += a.len();
+            for (expert, a) in a.chunks_exact(share.rank * columns).enumerate() {
+                let place = expert * rank * columns + start;
+                self.put(writer, (index, Factor::A), place, a, dtype)?;
+            }
+            start += share.rank * columns;
         }
         Ok(())
     }
@@ -124,19 +139,23 @@ impl<'a> Cat<'a> {
         dtype: Dtype,
     ) -> Result<()> {
         let outer = self.joints[index].outer;
+        // A row of B has a group of all experts' numbers for each of its columns.
+        let experts = self.joints[index].module.experts;
+        let rank = rank * experts;
         let together = (PART / rank.max(1)).max(1);
         for from in (0..outer).step_by(together) {
             let rows = outer.min(from + together) - from;
             let mut stacked = vec![0.0; rows * rank];
             let mut at = 0;
             for share in shares {
-                let mut b = vec![0.0; rows * share.rank];
-                let range = from * share.rank..(from + rows) * share.rank;
+                let own = share.rank * experts;
+                let mut b = vec![0.0; rows * own];
+                let range = from * own..(from + rows) * own;
                 reader.read(**share, Factor::B, range, bytes, &mut b)?;
-                for (row, b) in stacked.chunks_mut(rank).zip(b.chunks(share.rank)) {
-                    row[at..at + share.rank].copy_from_slice(b);
+                for (row, b) in stacked.chunks_mut(rank).zip(b.chunks(own)) {
+                    row[at..at + own].copy_from_slice(b);
                 }
-                at += share.rank;
+                at += own;
             }
             self.put(writer, (index, Factor::B), from * rank, &stacked, dtype)?;
         }
@@ -176,6 +195,30 @@ pub(super) fn create(
         Writer::create(path, dtype, tensors.iter().map(|(name, shape)| (&name[..], &shape[..])))
     };
     outputs.iter().zip(ranks).map(create).collect()
+}
+
+/// Write both factors of a module at `rank`, from the rows of A and the columns of B of each of its
+/// experts, which may be less or more than that.
+///
+/// # Errors
+/// As `put`.
+pub(super) fn put_columns<'a>(
+    joints: &[Joint],
+    writer: &Writer,
+    index: usize,
+    rank: usize,
+    experts: impl Iterator<Item = (&'a [f32], &'a [f32])> + Clone,
+    checks: (Dtype, bool),
+) -> Result<()> {
+    let joint = &joints[index];
+    let whole = rank * joint.columns();
+    for (expert, (a, _)) in experts.clone().enumerate() {
+        let a = &a[..a.len().min(whole)];
+        put(joints, writer, (index, Factor::A), expert * whole, a, checks)?;
+    }
+    let columns = experts.map(|(_, b)| b);
+    let b = interleaved(joint.module.experts, joint.outer, rank, columns);
+    put(joints, writer, (index, Factor::B), 0, &b, checks)
 }
 
 /// Write a part of a factor into one of the files that `create` made.

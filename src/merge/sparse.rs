@@ -140,16 +140,17 @@ impl<'a> Sparse<'a> {
         let prunes = matches!(sparsity.rule, Rule::MagnitudePrune | Rule::Ties);
         let columns = columns(terms.targets(), 1);
         let need = |joint: &Joint| {
-            let rank = joint.module.rank;
+            let rank = joint.module.rank * joint.module.experts;
             let whole = rank * joint.columns().max(joint.outer);
-            let step = columns.max(rank).min(whole);
+            let longest = if joint.module.experts == 1 { rank } else { rank.max(joint.columns()) };
+            let step = columns.max(longest).min(whole);
             let read = if prunes { whole } else { step };
             let bytes = if options.io == Io::Read { read * widest_type(terms, joint) } else { 0 };
             let search = if prunes { Search::need_here(whole) } else { 0 };
             bytes + 4 * read + search + step * (Sums::need(terms.targets()) + 8)
         };
         let need = joints.iter().map(need).max().unwrap_or(0);
-        let plan = Plan::of_modules(&terms.adapters, &joints, |_| 1, need, &options)?;
+        let plan = Plan::of_modules(&terms.adapters, &joints, |_| [1, 1], need, &options)?;
         let ranks = ranks(terms, &joints);
         let mut job = Self { terms, joints, ranks, sparsity, masks, options, plan };
         job.plan.bytes = (0..2 * job.joints.len()).map(|unit| job.reads(unit)).sum();
@@ -181,8 +182,9 @@ impl<'a> Sparse<'a> {
         let work = |worker: &mut Worker, unit: usize| {
             self.merge(worker, unit, &reader, |(target, rank), start, numbers| {
                 let (index, factor) = (unit / 2, factor(unit));
+                let expert = rank * self.joints[index].columns();
                 let at = match factor {
-                    Factor::A => start,
+                    Factor::A => start + start / expert * (expert / rank) * (ranks[target] - rank),
                     Factor::B => start / rank * ranks[target],
                 };
                 let checks = (dtype, options.allow_nan);
@@ -240,7 +242,13 @@ impl<'a> Sparse<'a> {
         }
         let targets = self.terms.targets();
         let ranks = &self.ranks;
-        let step = columns(targets, if factor == Factor::B { rank } else { 1 });
+        let experts = joint.module.experts;
+        // Of B whole rows, and of A none of two experts: those may be apart in what is written.
+        let step = match factor {
+            Factor::A if experts > 1 => joint.columns(),
+            Factor::A => columns(targets, 1),
+            Factor::B => columns(targets, rank * experts),
+        };
         for start in (0..count).step_by(step.max(1)) {
             let range = start..count.min(start + step);
             sums.clear(&scheme, range.len());
@@ -268,8 +276,9 @@ impl<'a> Sparse<'a> {
                 }
                 padded.clear();
                 padded.resize(sum.len() / rank * ranks[target], 0.0);
-                for (to, from) in padded.chunks_mut(ranks[target]).zip(sum.chunks(rank)) {
-                    to[..rank].copy_from_slice(from);
+                let rows = padded.chunks_mut(ranks[target] * experts);
+                for (to, from) in rows.zip(sum.chunks(rank * experts)) {
+                    to[..from.len()].copy_from_slice(from);
                 }
                 done((target, rank), start, padded)?;
             }

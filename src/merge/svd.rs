@@ -14,9 +14,9 @@ use crate::{
     base::{Base, Weight},
     blocks::{Options, Plan},
     error::{Error, Result},
+    experts::each_expert,
     joint::{Joint, Reader, each_on_threads, joint_modules},
-    layout::Factor,
-    merge::cat::{create, put},
+    merge::cat::{create, put_columns},
     terms::Terms,
     watch::Watch,
     writer::Writer,
@@ -121,8 +121,11 @@ impl<'a> Svd<'a> {
         };
         let mut exact = EXACT;
         let need = |exact: usize| {
-            let one =
-                |joint| if is_exact(joint, exact) { exact_need(joint) } else { sketch_need(joint) };
+            let one = |joint: &Joint| {
+                let own =
+                    if is_exact(joint, exact) { exact_need(joint) } else { sketch_need(joint) };
+                own + joint.held() + lows_need(joint, widest, targets)
+            };
             joints.iter().map(one).max().unwrap_or(0)
         };
         // A sketch takes less; without room for the largest core, all that are as large are sketched.
@@ -133,8 +136,11 @@ impl<'a> Svd<'a> {
             exact = fits.map(Joint::ranks).min().map_or(exact, |ranks| ranks - 1).min(exact);
         }
         let passes = if matches!(rank, Rank::Energy(_)) { 2 } else { 1 };
-        let times =
-            |joint: &Joint| passes * if is_exact(joint, exact) { 1 } else { sketch.passes() };
+        let times = |joint: &Joint| {
+            let a = passes * if is_exact(joint, exact) { 1 } else { sketch.passes() };
+            let b = if joint.module.experts == 1 { a } else { passes * joint.readings() };
+            [a, b]
+        };
         let mut plan = Plan::of_modules(&terms.adapters, &joints, times, need(exact), &options)?;
         let of_base = |(joint, weight): (&Joint, &Option<Weight<'_>>)| {
             passes * weight.map_or(0, |weight| dora::reads(terms, joint, weight, sketch.passes()))
@@ -172,24 +178,19 @@ impl<'a> Svd<'a> {
         let widest = ranks.iter().copied().max().unwrap_or(0);
         let found = self.each(&reader, watch, widest, |index, lows| {
             let joint = &self.joints[index];
-            let exact = is_exact(joint, self.exact);
-            let one = |((low, writer), &rank): ((&Low, &Writer), &usize)| {
-                let columns = [joint.columns(), joint.outer];
-                let rows = rank.min(low.a.len() / columns[0].max(1));
-                let mut b = vec![0.0; joint.outer * rank];
-                for (column, values) in low.b.chunks_exact(columns[1]).take(rows).enumerate() {
-                    for (row, value) in b.chunks_exact_mut(rank).zip(values) {
-                        row[column] = *value;
-                    }
-                }
+            // A sketch of DoRA has measured its energy.
+            let exact = is_exact(joint, self.exact) || joint.dora;
+            let one = |((lows, writer), &rank): ((&Vec<Low>, &Writer), &usize)| {
+                let factors = lows.iter().map(|low| (&low.a[..], &low.b[..]));
                 let checks = (dtype, options.allow_nan);
-                let a = &low.a[..rows * columns[0]];
-                put(&self.joints, writer, (index, Factor::A), 0, a, checks)?;
-                put(&self.joints, writer, (index, Factor::B), 0, &b, checks)?;
-                let kept: f64 = low.values.iter().take(rows).map(|s| s * s).sum();
-                // A sketch of DoRA has measured it.
-                let exact = exact || joint.dora;
-                let energy = if exact { low.energy } else { low.energy.max(kept) };
+                put_columns(&self.joints, writer, index, rank, factors, checks)?;
+                let (mut energy, mut kept) = (0.0, 0.0);
+                for low in lows {
+                    let rows = rank.min(low.a.len() / joint.columns().max(1));
+                    let own: f64 = low.values.iter().take(rows).map(|s| s * s).sum();
+                    energy += if exact { low.energy } else { low.energy.max(own) };
+                    kept += own;
+                }
                 Ok(Kept { module: joint.module.name.clone(), energy, kept, exact })
             };
             lows.iter().zip(&writers).zip(&ranks).map(one).collect::<Result<Vec<_>>>()
@@ -234,29 +235,38 @@ impl<'a> Svd<'a> {
                     ))
                 })
             };
-            lows.iter().map(one).collect::<Result<Vec<usize>>>()
+            let most = |lows: &Vec<Low>| {
+                let ranks = lows.iter().map(one).collect::<Result<Vec<usize>>>()?;
+                Ok(ranks.into_iter().max().unwrap_or(1))
+            };
+            lows.iter().map(most).collect::<Result<Vec<usize>>>()
         })?;
         let largest = |target: usize| needed.iter().map(|module| module[target]).max();
         Ok((0..self.terms.targets()).map(|target| largest(target).unwrap_or(1)).collect())
     }
 
-    /// What `use_of` makes of each module's sums, to rank `rank` at most.
+    /// What `use_of` makes of each module's sums, for each target and expert, to rank `rank` at most.
     fn each<T: Send>(
         &self,
         reader: &Reader<'_>,
         watch: &Watch,
         rank: usize,
-        use_of: impl Fn(usize, &[Low]) -> Result<T> + Sync,
+        use_of: impl Fn(usize, &[Vec<Low>]) -> Result<T> + Sync,
     ) -> Result<Vec<T>> {
         let found: Mutex<Vec<(usize, T)>> = Mutex::default();
         each_on_threads(self.joints.len(), self.plan.threads, watch, Vec::new, |bytes, index| {
             let joint = &self.joints[index];
-            let lows = if is_exact(joint, self.exact) {
-                Stacked::read(reader, joint, bytes)?.lows(self.terms, joint, rank)?
-            } else {
-                let weight = self.weights[index];
-                self.sketch.lows(reader, self.terms, joint, weight, rank, bytes)?
-            };
+            let mut lows: Vec<Vec<Low>> = (0..self.terms.targets()).map(|_| vec![]).collect();
+            each_expert(reader, joint, |reader, joint| {
+                let found = if is_exact(joint, self.exact) {
+                    Stacked::read(reader, joint, bytes)?.lows(self.terms, joint, rank)?
+                } else {
+                    let weight = self.weights[index];
+                    self.sketch.lows(reader, self.terms, joint, weight, rank, bytes)?
+                };
+                lows.iter_mut().zip(found).for_each(|(all, low)| all.push(low));
+                Ok(())
+            })?;
             let made = use_of(index, &lows)?;
             found.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push((index, made));
             Ok(())
@@ -265,6 +275,13 @@ impl<'a> Svd<'a> {
         found.sort_by_key(|(index, _)| *index);
         Ok(found.into_iter().map(|(_, made)| made).collect())
     }
+}
+
+/// What the sums of experts take until all are made, beside the first and once more as they are
+/// written, in bytes.
+fn lows_need(joint: &Joint, rank: usize, targets: usize) -> usize {
+    let (a, b) = (joint.columns(), joint.outer);
+    4 * rank * (joint.module.experts - 1) * (targets * (a + b) + b)
 }
 
 fn is_exact(joint: &Joint, most: usize) -> bool {

@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 
-use faer::{MatMut, MatRef};
+use faer::{Mat, MatMut, MatRef};
 
 use super::{
     Cut, Masks, Rule, Scheme, Search, Sparsity, Sums,
@@ -14,10 +14,11 @@ use crate::{
     Dtype, Io,
     blocks::{Options, Plan},
     error::{Error, Result},
+    experts::each_expert,
     joint::{Joint, Reader, Share, each_on_threads, joint_modules},
     kernels::widest,
     layout::Factor,
-    merge::cat::{create, put},
+    merge::cat::{create, put_columns},
     terms::Terms,
     watch::Watch,
     writer::Writer,
@@ -69,6 +70,7 @@ impl<'a> Dense<'a> {
         let most = joints.iter().map(|joint| joint.columns().min(joint.outer)).max();
         let rank = rank.min(most.unwrap_or(rank)).max(1);
         let prunes = matches!(sparsity.rule, Rule::MagnitudePrune | Rule::Ties);
+        let targets = terms.targets();
         let need = |joint: &Joint| {
             let (rows, columns) = (joint.outer, joint.columns());
             let inner = joint.holders.iter().map(|share| share.rank).max().unwrap_or(0);
@@ -76,13 +78,14 @@ impl<'a> Dense<'a> {
             let bytes = if options.io == Io::Read { widest_type(terms, joint) } else { 0 };
             let factors = inner * (4 * (rows + columns) + bytes * rows.max(columns));
             let search = if prunes { Search::need(rows * columns) } else { 0 };
-            let sums = block * (4 + Sums::need(terms.targets()));
-            let low = low::need(rows, columns, rank) + 16 * rank * (rows + columns);
+            let sums = block * (4 + Sums::need(targets));
+            let kept = 4 * rank * joint.module.experts * (targets * (rows + columns) + rows);
+            let low = low::need(rows, columns, rank) + 16 * rank * (rows + columns) + kept;
             // Buffers are kept from module to module, also while a sum is decomposed.
-            4 * rows * columns * terms.targets() + factors + search + sums + low
+            4 * rows * columns * targets + factors + search + sums + low + joint.held()
         };
         let need = joints.iter().map(need).max().unwrap_or(0);
-        let plan = Plan::of_modules(&terms.adapters, &joints, |_| 1, need, &options)?;
+        let plan = Plan::of_modules(&terms.adapters, &joints, |_| [1, 1], need, &options)?;
         let masks = Masks::hashed(&terms.adapters, &sparsity);
         let mut job = Self { terms, joints, sparsity, masks, rank, options, plan };
         job.plan.bytes = job.joints.iter().map(|joint| job.reads(joint)).sum();
@@ -110,32 +113,30 @@ impl<'a> Dense<'a> {
         let reader = Reader::open(&self.terms.adapters, options.io, options.allow_nan, watch)?;
         let writers = create(&self.joints, outputs, &self.ranks(), dtype)?;
         let work = |worker: &mut Worker, index: usize| {
-            let joint = &self.joints[index];
-            for (matrix, writer) in self.sums(worker, joint, &reader)?.into_iter().zip(&writers) {
-                if matrix.is_empty() {
-                    continue;
-                }
-                watch.go_on()?;
-                if !matrix.iter().all(|x| x.is_finite()) {
-                    let tensor = joint.module.tensor_name(Factor::B);
-                    return Err(Error::Overflow { tensor, dtype });
-                }
-                let low = best(&matrix, joint.outer, self.rank)?;
-                drop(matrix);
-                let (rows, columns) = (low.b.nrows(), low.a.nrows());
-                let found = low.a.ncols();
-                let a: Vec<f32> = (0..found * columns)
-                    .map(|at| low.a[(at % columns, at / columns)] as f32)
-                    .collect();
-                let mut b = vec![0.0; rows * self.rank];
-                for (i, row) in b.chunks_exact_mut(self.rank).enumerate() {
-                    for (j, x) in row.iter_mut().take(found).enumerate() {
-                        *x = low.b[(i, j)] as f32;
+            let mut lows = vec![vec![]; writers.len()];
+            each_expert(&reader, &self.joints[index], |reader, joint| {
+                for (matrix, lows) in self.sums(worker, joint, reader)?.into_iter().zip(&mut lows) {
+                    if matrix.is_empty() {
+                        continue;
                     }
+                    watch.go_on()?;
+                    if !matrix.iter().all(|x| x.is_finite()) {
+                        let tensor = joint.module.tensor_name(Factor::B);
+                        return Err(Error::Overflow { tensor, dtype });
+                    }
+                    let low = best(&matrix, joint.outer, self.rank)?;
+                    let columns = |side: &Mat<f64>| -> Vec<f32> {
+                        let all = (0..side.ncols()).flat_map(|j| side.col(j).iter());
+                        all.map(|&x| x as f32).collect()
+                    };
+                    lows.push((columns(&low.a), columns(&low.b)));
                 }
+                Ok(())
+            })?;
+            for (lows, writer) in lows.iter().zip(&writers).filter(|(lows, _)| !lows.is_empty()) {
+                let factors = lows.iter().map(|(a, b)| (&a[..], &b[..]));
                 let checks = (dtype, options.allow_nan);
-                put(&self.joints, writer, (index, Factor::A), 0, &a, checks)?;
-                put(&self.joints, writer, (index, Factor::B), 0, &b, checks)?;
+                put_columns(&self.joints, writer, index, self.rank, factors, checks)?;
             }
             Ok(())
         };
@@ -162,7 +163,8 @@ impl<'a> Dense<'a> {
         let size = |(holder, share): (usize, &Share)| {
             let (used, cut) = (u64::from(scheme.uses(holder)), u64::from(scheme.cuts(holder)));
             let a = size(self.terms, share, Factor::A) * (used * blocks + cut);
-            a + size(self.terms, share, Factor::B) * (used + cut)
+            let times = if joint.module.experts == 1 { used + cut } else { joint.readings() };
+            a + size(self.terms, share, Factor::B) * times
         };
         joint.holders.iter().enumerate().map(size).sum()
     }
