@@ -17,7 +17,7 @@ from lorameta_rs.errors import InvalidBank, InvalidDataset, InvalidSetting
 from lorameta_rs.fingerprint import Fingerprint, Fingerprints
 from lorameta_rs.relations import NAMES
 
-OF_TOKENS = [name for name in distance.METRICS if name != "relations"]
+OF_TOKENS = [name for name in distance.METRICS if name not in ("relations", "vectors")]
 
 GOLDEN = Path(__file__).parent / "golden"
 LN2 = np.log(2.0)

@@ -1,7 +1,7 @@
 """How far a new dataset lies from each dataset of a bank, by their token distributions.
 
 p is the distribution of a member of the bank, q that of the new dataset (the target): counts over
-the vocabulary, divided by their total. Of the six metrics the first four are those of
+the vocabulary, divided by their total. Of the metrics the first four are those of
 arXiv 2507.01806 (`paper` has its authors' own arithmetic):
 
 | name          | distance                                         | work per member               |
@@ -12,6 +12,9 @@ arXiv 2507.01806 (`paper` has its authors' own arithmetic):
 | `mmd`         | (p−q)ᵀ K (p−q), K[x, y] = Σ_a a²/(a² + (x−y)²)   | a transform of the vocabulary |
 | `cosine`      | 1 − ⟨u, v⟩/‖u‖‖v‖ of TF-IDF weighted counts      | its distinct ids              |
 | `relations`   | `js` of the counts of `relations` instead        | a few numbers                 |
+
+A colon takes one of the first five of a part of the datasets alone (`parts`), as in `js:answer`.
+`vectors` is the cosine distance of vectors that the user has of each dataset.
 
 Members are taken one row of the sparse matrix at a time, so that a ranking needs a few vectors of
 the vocabulary's length besides the bank itself. Equal distributions are at distance 0 exactly.
@@ -27,6 +30,7 @@ import numpy as np
 from lorameta_rs import _metrics, paper
 from lorameta_rs._metrics import LN2, Floats
 from lorameta_rs.errors import InvalidBank, InvalidDataset, InvalidSetting
+from lorameta_rs.parts import PARTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -126,6 +130,22 @@ def relational(fingerprints: Fingerprints, target: Fingerprint) -> Floats:
     return jensen_shannon(_of_relations(fingerprints), _target_relations(target))
 
 
+def of_vectors(fingerprints: Fingerprints, target: Fingerprint) -> Floats:
+    """Cosine distance 1 − ⟨u, v⟩/‖u‖‖v‖ of the vectors that the user gave (`vectors`).
+
+    Returns:
+        float64 [n], from 0 to 2.
+
+    Raises:
+        InvalidBank: A dataset has no vector.
+    """
+    found = [row.vector for row in (*fingerprints.rows, target) if row.vector is not None]
+    if len(found) <= len(fingerprints):
+        raise InvalidBank(NO_VECTORS)
+    units = np.array(found) / np.linalg.norm(found, axis=1, keepdims=True)
+    return np.asarray(np.maximum(1.0 - units[:-1] @ units[-1], 0.0))
+
+
 METRICS: dict[str, Callable[[Fingerprints, Fingerprint], Floats]] = {
     "js": jensen_shannon,
     "kl": kullback_leibler,
@@ -133,9 +153,12 @@ METRICS: dict[str, Callable[[Fingerprints, Fingerprint], Floats]] = {
     "mmd": maximum_mean_discrepancy,
     "cosine": cosine,
     "relations": relational,
+    "vectors": of_vectors,
 }
 
 SEPARATOR = ","
+OF_PART = ":"
+NO_VECTORS = "metric `vectors`: a dataset has no vector; --vectors FILE gives them"
 
 
 def applicable(
@@ -143,7 +166,7 @@ def applicable(
 ) -> tuple[str, ...]:
     """Of metrics separated by commas, those that have something to say of these datasets.
 
-    All have, but for `relations` where a dataset has no answers.
+    All have, but for `relations` and parts of datasets that have no answers.
 
     Raises:
         InvalidSetting: There is no such metric, or one is named twice.
@@ -151,18 +174,43 @@ def applicable(
     """
     names = [name.strip() for name in metrics.split(SEPARATOR)]
     for name in names:
-        if name not in METRICS:
-            raise InvalidSetting(f"metric `{name}`: expected one of {', '.join(METRICS)}")
+        _parted(name)
         if names.count(name) > 1:
             raise InvalidSetting(f"metric `{name}` is named twice")
-    without = fingerprints.relations is None or (target is not None and target.relations is None)
-    left = tuple(name for name in names if name != "relations" or not without)
+    left = tuple(name for name in names if _says_something(name, fingerprints, target))
     if not left:
         raise InvalidBank(
-            "metric `relations`: a dataset has no answers apart from its inputs\n"
+            f"metric `{metrics}`: a dataset has no answers apart from its inputs\n"
             "choose another --metric"
         )
     return left
+
+
+def _says_something(metric: str, fingerprints: Fingerprints, target: Fingerprint | None) -> bool:
+    name, part = _parted(metric)
+    if part is not None:
+        return all(part in row.parts for row in (*fingerprints.rows, target) if row is not None)
+    without = fingerprints.relations is None or (target is not None and target.relations is None)
+    return name != "relations" or not without
+
+
+def _parted(metric: str) -> tuple[str, str | None]:
+    """A metric's name, and the part of the datasets that it is of, if of one.
+
+    Raises:
+        InvalidSetting: There is no such metric, or none of parts.
+    """
+    name, colon, part = metric.partition(OF_PART)
+    if name not in METRICS:
+        raise InvalidSetting(f"metric `{name}`: expected one of {', '.join(METRICS)}")
+    if not colon:
+        return name, None
+    if name not in _metrics.METRICS or part not in PARTS:
+        raise InvalidSetting(
+            f"metric `{metric}`: expected one of {', '.join(_metrics.METRICS)}, of one of the "
+            f"parts {', '.join(PARTS)}"
+        )
+    return name, part
 
 
 def distances(
@@ -171,7 +219,7 @@ def distances(
     """Distances of `target` from each row of `fingerprints`, by the metric's name.
 
     Args:
-        metric: A key of `METRICS`.
+        metric: A key of `METRICS`, or one of a part.
         fingerprints: The bank's n fingerprints.
         target: The new dataset's, over the same vocabulary.
         compat: "paper" for the numbers of the authors' code (`paper`).
@@ -184,8 +232,10 @@ def distances(
         InvalidBank: A row has no tokens, or the vocabularies differ.
         InvalidDataset: `target` has no tokens.
     """
-    chosen = paper.choose("metric", metric, compat, METRICS, paper.METRICS)
-    return chosen(fingerprints, target)
+    name, part = _parted(metric)
+    if part is not None:
+        fingerprints, target = fingerprints.part(part), target.part(part)
+    return paper.choose("metric", name, compat, METRICS, paper.METRICS)(fingerprints, target)
 
 
 def similarity(metric: str, distances: Floats) -> Floats | None:
@@ -193,12 +243,13 @@ def similarity(metric: str, distances: Floats) -> Floats | None:
 
     Returns:
         float64, of the shape of `distances`: 1 − JS/ln 2 for `js` and `relations`, 1 − d for
-        `cosine`. None for the other metrics, whose distances have no bound that means "nothing in
-        common".
+        `cosine` and `vectors`. None for the other metrics, whose distances have no bound that means
+        "nothing in common".
     """
-    if metric in ("js", "relations"):
+    name = metric.partition(OF_PART)[0]
+    if name in ("js", "relations"):
         return 1.0 - distances / LN2
-    if metric == "cosine":
+    if name in ("cosine", "vectors"):
         return 1.0 - distances
     return None
 
@@ -209,7 +260,7 @@ def pairwise(
     """Distances between all rows of `fingerprints`, exact: the bank seen by each of its members.
 
     Args:
-        metric: A key of `METRICS`.
+        metric: A key of `METRICS`, or one of a part.
         fingerprints: The bank's n fingerprints.
         progress: Called with the number of rows that are done, every 16 or 32 and at the end.
 
@@ -220,11 +271,14 @@ def pairwise(
         InvalidSetting: No such metric.
         InvalidBank: A row has no tokens, or no relations where the metric is of them.
     """
-    if metric not in METRICS:
-        raise InvalidSetting(f"metric `{metric}`: expected one of {', '.join(METRICS)}")
-    if metric == "relations":
-        metric, fingerprints = "js", _of_relations(fingerprints)
-    form = _metrics.METRICS[metric](fingerprints)
+    name, part = _parted(metric)
+    if name == "vectors":
+        return np.array([of_vectors(fingerprints, row) for row in fingerprints.rows])
+    if name == "relations":
+        name, fingerprints = "js", _of_relations(fingerprints)
+    if part is not None:
+        fingerprints = fingerprints.part(part)
+    form = _metrics.METRICS[name](fingerprints)
     rows = _metrics.bank_rows(fingerprints)
     matrix = np.zeros((len(rows), len(rows)))
     for start in range(0, len(rows), form.block):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ import safetensors.numpy
 from lorameta_rs import files
 from lorameta_rs.dataset import Example, examples
 from lorameta_rs.errors import FileChanged, InvalidBank, InvalidDataset, LoraMetaError
+from lorameta_rs.parts import BUCKETS, PARTS, Histogram, Parts, StoredParts, vector
 from lorameta_rs.relations import NAMES, Relations
 from lorameta_rs.tokenizer import MAX_VOCAB_SIZE, Tokenizer
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-FORMAT = 2
+FORMAT = 3
 """The version of the fingerprint file that is written, and the only one that is read."""
 
 _MAX_FILE = 1 << 30
@@ -65,7 +66,9 @@ class Fingerprint:
     `ids` [n] uint32, ascending and distinct; `counts` [n] uint64, positive. `rows` were counted;
     `tokenizer` is the SHA-256 of its file; `columns` is what the reader was asked for; `dataset`
     is None where nobody recorded it. `relations` [len(relations.NAMES)] uint64 counts how answers
-    come from inputs; None where the dataset has no answers apart from its inputs.
+    come from inputs; None where the dataset has no answers apart from its inputs. `parts` has
+    histograms of `parts.PARTS`, as far as there are. `vector` is one that the user gave; it is not
+    saved.
     """
 
     ids: NDArray[np.uint32]
@@ -76,15 +79,27 @@ class Fingerprint:
     columns: tuple[str, ...] | None = None
     dataset: DatasetRecord | None = None
     relations: NDArray[np.uint64] | None = None
+    parts: Mapping[str, Histogram] = field(default_factory=dict)
+    vector: NDArray[np.float64] | None = None
 
     @property
     def tokens(self) -> int:
         """The number of tokens counted."""
         return int(self.counts.sum())
 
+    def part(self, name: str) -> Fingerprint:
+        """One of its parts as a fingerprint of its own.
+
+        Raises:
+            KeyError: It has none of that name.
+        """
+        ids, counts = self.parts[name]
+        size = BUCKETS if name == "bigrams" else self.vocab_size
+        return replace(self, ids=ids, counts=counts, vocab_size=size)
+
     @property
     def sha256(self) -> str:
-        """Of all that datasets are compared by."""
+        """Of its counts, which tell a dataset from others."""
         digest = hashlib.sha256(self.identity.encode())
         for array in (self.ids, self.counts, self.relations):
             digest.update(b"" if array is None else np.ascontiguousarray(array).data)
@@ -115,6 +130,8 @@ class Fingerprint:
         tensors: dict[str, NDArray[Any]] = {"all.ids": self.ids, "all.counts": self.counts}
         if self.relations is not None:
             tensors["relations"] = self.relations
+        for name, part in self.parts.items():
+            tensors |= {f"{name}.ids": part.ids, f"{name}.counts": part.counts}
         files.write_whole(Path(path), safetensors.numpy.save(tensors, metadata))
 
     @classmethod
@@ -132,11 +149,15 @@ class Fingerprint:
                     raise ValueError(f"larger than {_MAX_FILE:,} bytes")
                 with safetensors.safe_open(path, "numpy") as content:
                     about = json.loads((content.metadata() or {}).get("fingerprint", "null"))
-                    ids = _vector(content, "all.ids", "U32")
-                    counts = _vector(content, "all.counts", "U64")
+                    ids = vector(content, "all.ids", "U32")
+                    counts = vector(content, "all.counts", "U64")
                     kept = "relations" in content.keys()  # noqa: SIM118, it is no mapping
-                    relations = _vector(content, "relations", "U64") if kept else None
-            return replace(_checked(about, ids, counts), relations=_relations(relations))
+                    relations = vector(content, "relations", "U64") if kept else None
+                    stored = content.keys()
+            found = _checked(about, ids, counts)
+            names = tuple(name for name in PARTS if f"{name}.ids" in stored)
+            parts = StoredParts(path, names, found.vocab_size)
+            return replace(found, relations=_relations(relations), parts=parts)
         except (safetensors.SafetensorError, ValueError, RecursionError) as error:
             hint = "where its dataset is there, `lorameta-rs index` makes it again"
             raise InvalidBank(f"`{path}`: not a fingerprint: {error}\n{hint}") from error
@@ -180,7 +201,8 @@ class Fingerprints:
 
     Row i has its ids in `ids[indptr[i]:indptr[i + 1]]` (uint32, ascending, distinct) and its
     counts in the same places of `counts` (uint64); `vocab_size` is the number of columns.
-    `relations` [rows, len(relations.NAMES)] is None where any of the datasets has none.
+    `relations` [rows, len(relations.NAMES)] is None where any of the datasets has none. `rows` are
+    the fingerprints that it was stacked of, which have the rest.
     """
 
     indptr: NDArray[np.int64]
@@ -188,6 +210,7 @@ class Fingerprints:
     counts: NDArray[np.uint64]
     vocab_size: int
     relations: NDArray[np.uint64] | None = None
+    rows: Sequence[Fingerprint] = ()
 
     @classmethod
     def stack(cls, fingerprints: Sequence[Fingerprint]) -> Fingerprints:
@@ -217,7 +240,16 @@ class Fingerprints:
             counts=_joined([one.counts for one in fingerprints]),
             vocab_size=first.vocab_size,
             relations=np.stack(relations) if len(relations) == len(fingerprints) else None,
+            rows=fingerprints,
         )
+
+    def part(self, name: str) -> Fingerprints:
+        """One part of every row as fingerprints of their own.
+
+        Raises:
+            KeyError: A row has none of that name.
+        """
+        return self.stack([row.part(name) for row in self.rows])
 
     def __len__(self) -> int:
         return len(self.indptr) - 1
@@ -290,12 +322,13 @@ def token_distribution(
     path, tokenizer = Path(dataset), Tokenizer.of(tokenizer)
     record = DatasetRecord.of(path)
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
-    rows, relations = 0, Relations()
+    rows, relations, parts = 0, Relations(), Parts(tokenizer.vocab_size)
     contents = examples(path, columns=columns, vocab_size=tokenizer.vocab_size)
     for batch in tokenizer.token_ids(_answers_first(contents)):
         ids = np.fromiter(chain.from_iterable(row for row, _ in batch), dtype=np.int64)
         counts += np.bincount(ids, minlength=len(counts))
         relations.add(batch)
+        parts.add(batch, ids)
         rows += len(batch)
         if progress is not None:
             progress(rows)
@@ -313,16 +346,8 @@ def token_distribution(
         columns=_columns(columns),
         dataset=record,
         relations=relations.counts if relations.counts.any() else None,
+        parts=parts.histograms(relations.definition),
     )
-
-
-def _vector(content: Any, name: str, dtype: str) -> NDArray[Any]:
-    """The tensor `name`; its type is looked at first, as numpy lacks some that a file may have."""
-    view = content.get_slice(name)
-    if view.get_dtype() != dtype or len(view.get_shape()) != 1:
-        raise ValueError(f"`{name}` is {view.get_dtype()} {view.get_shape()}, expected {dtype} [n]")
-    vector: NDArray[Any] = content.get_tensor(name)
-    return vector
 
 
 def _checked(about: Any, ids: NDArray[np.uint32], counts: NDArray[np.uint64]) -> Fingerprint:
@@ -344,12 +369,8 @@ def _checked(about: Any, ids: NDArray[np.uint32], counts: NDArray[np.uint64]) ->
         raise ValueError("its metadata names columns by something else than text")
     if not 0 < vocab_size <= MAX_VOCAB_SIZE:
         raise ValueError(f"a vocabulary of {vocab_size} ids")
-    if len(ids) != len(counts) or len(ids) == 0:
-        raise ValueError(f"{len(ids)} ids with {len(counts)} counts")
-    if ids[-1] >= vocab_size or not (ids[:-1] < ids[1:]).all():
-        raise ValueError(f"its ids do not ascend, or reach past the vocabulary of {vocab_size}")
-    # As floats, because a sum of hostile counts could wrap around to the right one.
-    if not counts.all() or counts.sum(dtype=np.float64) >= 2**63 or counts.sum() != tokens:
+    Histogram(ids, counts).check(vocab_size)
+    if counts.sum() != tokens:
         raise ValueError(f"its counts are not those of {tokens} tokens")
     return Fingerprint(
         ids=ids,

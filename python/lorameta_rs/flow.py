@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Sequence
 
+    from lorameta_rs.vectors import Vectors
+
 
 def jobs_for(
     bank: Bank,
@@ -23,16 +25,20 @@ def jobs_for(
     settings: Settings,
     columns: Sequence[str] | None = None,
     progress: Callable[[int], object] | None = None,
+    vectors: Vectors | None = None,
 ) -> list[Job]:
     """A job for each dataset, with the coefficients that the bank gives it.
 
-    Its bank has all fingerprints; `progress` is told how many rows of a dataset have been counted.
+    Its bank has all fingerprints, and its members theirs of `vectors`; `progress` is told how many
+    rows of a dataset have been counted.
     """
     jobs = []
     for dataset, out in zip(datasets, outs, strict=True):
         target = token_distribution(
             dataset, tokenizer=bank.tokenizer, columns=columns, progress=progress
         )
+        if vectors is not None:
+            target = vectors.of(dataset, target)
         ranking = rank(bank, target, settings)
         jobs.append(Job(ranking.coefficients, out, ranking, dataset, target))
     return jobs

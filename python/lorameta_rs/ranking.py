@@ -14,6 +14,8 @@ from lorameta_rs.index import nearest_distances
 from lorameta_rs.relevance import Relevance, percentile, relevance
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lorameta_rs._metrics import Floats
     from lorameta_rs.bank import Bank
     from lorameta_rs.fingerprint import Fingerprint
@@ -85,7 +87,7 @@ def rank(bank: Bank, target: Fingerprint, settings: Settings | None = None) -> R
     settings = settings or Settings()
     bank_counts, compat = bank.fingerprints, settings.compat
     metrics = distance.applicable(settings.metric, bank_counts, target)
-    every_metric = len(metrics) == len(settings.metric.split(distance.SEPARATOR))
+    asked = settings.metric
     settings = replace(settings, metric=distance.SEPARATOR.join(metrics))
     every = np.stack([distance.distances(name, bank_counts, target, compat) for name in metrics])
     found = every[0] if len(metrics) == 1 else every
@@ -104,7 +106,7 @@ def rank(bank: Bank, target: Fingerprint, settings: Settings | None = None) -> R
     chosen = chosen * _checked_scale(settings.scale)
     own = [None if compat is not None else nearest_distances(bank, name) for name in metrics]
     about = relevance(bank.names, combined, chosen, percentile(every, own))
-    note = None if every_metric else _without_relations(bank, target)
+    note = _left_out(asked, metrics, bank, target)
     return Ranking(bank.names, combined, similarity, chosen, about, settings, note)
 
 
@@ -142,12 +144,17 @@ def _checked_scale(scale: float) -> float:
     return scale
 
 
-def _without_relations(bank: Bank, target: Fingerprint) -> str:
-    """Why datasets are not compared by `relations`."""
+def _left_out(asked: str, metrics: Sequence[str], bank: Bank, target: Fingerprint) -> str | None:
+    """Which metrics say nothing of these datasets, and why."""
+    names = [name.strip() for name in asked.split(distance.SEPARATOR)]
+    idle = [f"`{name}`" for name in names if name not in metrics]
+    if not idle:
+        return None
     if target.relations is None:
         whose = "the new dataset's rows do"
     else:
         first, *others = bank.without_answers
         more = f" and {len(others)} others" if others else ""
         whose = f"the rows of `{first}`{more} do"
-    return f"`relations` is left out: {whose} not tell answers from inputs"
+    verb = "is" if len(idle) == 1 else "are"
+    return f"{', '.join(idle)} {verb} left out: {whose} not tell answers from inputs"

@@ -15,6 +15,7 @@ from lorameta_rs.cli.rank import (
     fingerprinted,
     rows,
     say_relevance,
+    vectors,
 )
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ _LARGEST_WEIGHTS = 16 << 20
 @click.option("--repeat", type=options.PATH, help="Do again what this lorameta.json records.")
 @options.settings
 @options.calibration
+@options.vectors
 @click.option(
     "--refine",
     type=options.PATH,
@@ -188,7 +190,9 @@ def merge(
     arguments = options.as_paper(context, arguments)
     if repeat is not None:
         options.refuse(
-            context, (*options.SETTINGS, "paper", "refine", "columns", *_OF_RESULT), "--repeat"
+            context,
+            (*options.SETTINGS, "paper", "refine", "columns", "vectors", *_OF_RESULT),
+            "--repeat",
         )
         opened, jobs, run = _repeated(repeat, bank, _one(outs), arguments)
     elif bank is None:
@@ -196,7 +200,9 @@ def merge(
     else:
         run = _options(arguments)
         if weights:
-            options.refuse(context, (*options.SETTINGS, "columns", "refine"), "--weights")
+            options.refuse(
+                context, (*options.SETTINGS, "columns", "refine", "vectors"), "--weights"
+            )
             opened, jobs = _weighted(bank, weights, _one(outs), arguments)
         else:
             opened, jobs, norms = _compared(context, bank, datasets, outs, arguments, not dry_run)
@@ -259,8 +265,9 @@ def _compared(
     opened = options.bank_from(bank, arguments)
     fingerprinted(opened, keep)
     settings, norms = calibrated(context, opened, arguments)
+    given = vectors(opened, arguments["vectors"])
     with console.rows("counting the new tokens") as update:
-        jobs = jobs_for(opened, datasets, folders, settings, arguments["columns"], update)
+        jobs = jobs_for(opened, datasets, folders, settings, arguments["columns"], update, given)
     opened.forget_fingerprints()
     return opened, jobs, norms
 

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 # The names are those of `distance.METRICS`, `coefficients.PIPELINES` and `merge`, whose import
 # would load numpy; a test compares them.
-METRICS = ("js", "kl", "wasserstein", "mmd", "cosine", "relations")
+METRICS = ("js", "kl", "wasserstein", "mmd", "cosine", "relations", "vectors")
+OF_PARTS = METRICS[:5]
+PARTS = ("definition", "input", "answer", "bigrams")
 METRIC = "relations,mmd"
 PIPELINES = ("normalized", "attentional", "nearest", "uniform", "neural", "ridge", "simplex")
 SPARSE = ("magnitude_prune", "ties", "dare_linear", "dare_ties")
@@ -87,9 +89,11 @@ class Metrics(click.ParamType[str]):
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """The names, without blanks."""
         names = [name.strip() for name in value.split(",")]
+        known = {*METRICS, *(f"{name}:{part}" for name in OF_PARTS for part in PARTS)}
         for name in names:
-            if name not in METRICS or names.count(name) > 1:
-                self.fail(f"{value!r}: expected some of {', '.join(METRICS)}", param, ctx)
+            if name not in known or names.count(name) > 1:
+                expected = f"expected some of {', '.join(METRICS)}; or of a part, as js:answer"
+                self.fail(f"{value!r}: {expected}", param, ctx)
         return ",".join(names)
 
 
@@ -160,7 +164,8 @@ def settings(function: Command) -> Command:
             type=Metrics(),
             default=METRIC,
             show_default=True,
-            help="How datasets are compared: js, kl, wasserstein, mmd, cosine, relations. The "
+            help="How datasets are compared: js, kl, wasserstein, mmd, cosine; these of a part "
+            "alone, as js:answer (or definition, input, bigrams); relations; vectors. The "
             "distances of several are added up, in standard deviations.",
         ),
         click.option(
@@ -173,6 +178,14 @@ def settings(function: Command) -> Command:
     return function
 
 
+vectors = click.option(
+    "--vectors",
+    type=PATH,
+    multiple=True,
+    metavar="FILE",
+    help="A vector for each member, and for DATASET, by name (npz or safetensors), for the metric "
+    "`vectors`; may be repeated.",
+)
 calibration = click.option(
     "--calibration/--no-calibration",
     default=True,

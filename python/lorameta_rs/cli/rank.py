@@ -10,10 +10,12 @@ import click
 from lorameta_rs.cli import console, options
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from lorameta_rs.bank import Bank
     from lorameta_rs.ranking import Ranking, Settings
+    from lorameta_rs.vectors import Vectors
 
 HEADERS = ("member", "distance", "similarity", "coefficient")
 
@@ -23,6 +25,7 @@ HEADERS = ("member", "distance", "similarity", "coefficient")
 @click.argument("dataset", type=options.PATH)
 @options.settings
 @options.calibration
+@options.vectors
 @options.columns("DATASET")
 @options.bank
 @options.as_json
@@ -41,6 +44,7 @@ def rank(
     opened = options.bank_from(bank, arguments)
     fingerprinted(opened)
     settings, _ = calibrated(context, opened, arguments)
+    given = vectors(opened, arguments["vectors"])
     with console.rows("counting the new tokens") as update:
         target = token_distribution(
             dataset,
@@ -48,6 +52,8 @@ def rank(
             columns=arguments["columns"],
             progress=update,
         )
+    if given is not None:
+        target = given.of(dataset, target)
     found = rank(opened, target, settings)
     if as_json:
         console.data(described(found))
@@ -82,6 +88,17 @@ def calibrated(
         return given, None
     console.say(f"calibrated by {found.measure}: {found}")
     return found.settings, found.normalize
+
+
+def vectors(bank: Bank, paths: Sequence[Path]) -> Vectors | None:
+    """The user's own vectors, if there are any, which the bank's members have then."""
+    from lorameta_rs.vectors import Vectors
+
+    if not paths:
+        return None
+    found = Vectors.load(paths)
+    found.give(bank)
+    return found
 
 
 def fingerprinted(bank: Bank, keep: bool = True) -> int:
