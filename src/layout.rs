@@ -14,7 +14,7 @@ pub enum Kind {
     Linear,
     /// ΔW = (B A)ᵀ, a row for each token.
     Embedding,
-    /// A convolution by A, then one by B of size 1.
+    /// A convolution in one to three dimensions by A, then one by B of size 1.
     Conv,
 }
 
@@ -136,10 +136,10 @@ impl Layout {
             let kind = match (part.embedding, tensor.shape.len()) {
                 (true, 2) => Kind::Embedding,
                 (false, 2) => Kind::Linear,
-                (false, 4) => Kind::Conv,
+                (false, 3..=5) => Kind::Conv,
                 (_, n) => {
                     return Err(fault(format!(
-                        "has {n} dimensions ({:?}), expected 2, or 4 for a convolution",
+                        "has {n} dimensions ({:?}), expected 2, or 3 to 5 for a convolution",
                         tensor.shape
                     )));
                 }
@@ -214,6 +214,13 @@ fn module(
     }
     if rank == 0 {
         return fault("has rank 0".to_owned());
+    }
+    let (kernel, behind) = (&tensors[a].shape[2..], &tensors[b].shape[2..]);
+    if kernel.len() != behind.len() || behind.iter().any(|&size| size != 1) {
+        return fault(format!(
+            "has a kernel {behind:?}, lora_A of {} has {kernel:?}: expected as many ones",
+            Quoted(&name)
+        ));
     }
     if let Some(magnitude) = magnitude {
         let fault = |reason| Err(Fault { tensor: tensors[magnitude].name.clone(), reason });
@@ -407,6 +414,8 @@ mod tests {
             (&[("x.lora_A.weight", &[2, 6][..])][..], "`x` has no lora_B"),
             (&[("x.lora_A.weight", &[2, 4]), ("x.lora_B.weight", &[6, 3])], "3 columns"),
             (&[("x.lora_A.weight", &[2]), ("x.lora_B.weight", &[6, 2])], "1 dimensions"),
+            (&[("x.lora_A.weight", &[2, 4, 3]), ("x.lora_B.weight", &[6, 2, 3])], "kernel [3]"),
+            (&[("x.lora_A.weight", &[2, 4, 3]), ("x.lora_B.weight", &[6, 2, 1, 1])], "[1, 1]"),
             (&[("x.lora_magnitude_vector", &[6])], "use_dora"),
             (&[("lora_unet_x.lora_down.weight", &[6, 2])], "kohya"),
             (&[("x.lora_a", &[6, 2])], "MLX"),
