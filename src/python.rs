@@ -2,6 +2,7 @@
 //! Python; the tensors' bytes never cross into it.
 
 use std::{
+    borrow::Cow,
     collections::{BTreeMap, HashMap},
     path::PathBuf,
     sync::{Arc, mpsc},
@@ -522,8 +523,8 @@ fn norms(
     })
 }
 
-/// A matrix, row by row.
-type Rows = Vec<Vec<f64>>;
+/// A matrix, row by row, each number as its bytes: a list of numbers takes four times that.
+type Rows = Cow<'static, [u8]>;
 
 /// In parameter space, or in that of ΔW where there are strengths; of all modules together, or of
 /// each alone.
@@ -541,8 +542,8 @@ fn gram(
     let space = strengths.as_deref().map_or(Space::Parameters, Space::Deltas);
     let gram = settings.options().and_then(|options| Gram::new(&adapters, space, options));
     let gram = gram.map_err(|error| to_python(py, error))?;
-    let rows = |matrix: faer::Mat<f64>| {
-        matrix.row_iter().map(|row| row.iter().copied().collect()).collect()
+    let rows = |matrix: faer::Mat<f64>| -> Rows {
+        matrix.row_iter().flat_map(|row| row.iter().flat_map(|x| x.to_ne_bytes())).collect()
     };
     interruptible(py, gram.plan().bytes, progress, |watch| {
         if !of_modules {

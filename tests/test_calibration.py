@@ -7,7 +7,8 @@ import shutil
 
 import numpy as np
 import pytest
-from test_trials import NAMES, text
+from test_ranking import text
+from test_trials import NAMES
 from words import rows_of, write_bank
 
 from lorameta_rs import Bank

@@ -11,7 +11,8 @@ import pytest
 import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
-from test_trials import NAMES, text
+from test_ranking import text
+from test_trials import NAMES
 
 from lorameta_rs import Bank, closed_forms, distance, neural, token_distribution
 from lorameta_rs.calibration import calibrated

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from conftest import ATTENTION
+from test_ranking import text
 
 from lorameta_rs import Bank, closed_forms, distance
 from lorameta_rs.errors import InvalidBank
@@ -15,13 +16,6 @@ from lorameta_rs.ranking import Settings, rank
 from lorameta_rs.trials import METRICS, applicable, chosen, standard_error, trials
 
 NAMES = list("abcdefgh")
-WORDS = ["where", "is", "the", "window", "two", "and", "four", "three", "six", "here", "ten"]
-
-
-def text(seed):
-    random = np.random.default_rng(seed)
-    share = random.dirichlet(np.full(len(WORDS), 0.4))
-    return "\n".join(" ".join(random.choice(WORDS, 8, p=share)) for _ in range(12))
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from scipy.spatial.distance import cosine
-from test_trials import text
+from test_ranking import text
 
 from lorameta_rs import Bank, distance, token_distribution
 from lorameta_rs.errors import InvalidBank, InvalidDataset, MissingFile

@@ -49,8 +49,8 @@ def gram_matrix(
         NotFinite: A tensor holds NaN or infinity, and `allow_nan` is not set.
         FileChanged, UnreadableFile: A file changed meanwhile, or cannot be read.
     """
-    ((_, matrix),) = _read(bank, space, False, options, progress)
-    return np.asarray(matrix)
+    (matrix,) = _read(bank, space, False, options, progress).values()
+    return matrix.copy()
 
 
 def gram_of_modules(
@@ -60,9 +60,8 @@ def gram_of_modules(
     options: Options | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> dict[str, Floats]:
-    """`gram_matrix` of each module alone, by its name: n × n numbers for each."""
-    found = _read(bank, space, True, options, progress)
-    return {str(name): np.asarray(matrix) for name, matrix in found}
+    """`gram_matrix` of each module alone, by its name: n × n numbers for each, to be read only."""
+    return _read(bank, space, True, options, progress)
 
 
 def _read(
@@ -71,9 +70,11 @@ def _read(
     of_modules: bool,
     options: Options | None,
     progress: Callable[[int, int], object] | None,
-) -> list[tuple[str | None, list[list[float]]]]:
+) -> dict[str, Floats]:
     if space not in SPACES:
         raise InvalidSetting(f"space `{space}`: expected one of {', '.join(SPACES)}")
     adapters = [member.adapter for member in bank.members]
     strengths = [member.scalings for member in bank.members] if space == "delta" else None
-    return _core.gram(adapters, strengths, of_modules, options or Options(), progress)
+    found = _core.gram(adapters, strengths, of_modules, options or Options(), progress)
+    shape = len(adapters), len(adapters)
+    return {str(name): np.frombuffer(rows, np.float64).reshape(shape) for name, rows in found}
