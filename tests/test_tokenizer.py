@@ -135,3 +135,28 @@ def test_of_takes_a_path_or_a_tokenizer(tmp_path):
     assert Tokenizer.of(tokenizer) is tokenizer
     assert Tokenizer.of(str(tmp_path / "t.json")) == tokenizer
     assert json.loads(tokenizer.path.read_text())["version"] == "1.0"
+
+
+@pytest.mark.parametrize(
+    ("part", "content"),
+    [
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": ""}),
+        ("pre_tokenizer", {"type": "FixedLength", "length": 0}),
+        (
+            "post_processor",
+            {
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}],
+                "pair": [{"SpecialToken": {"id": "<s>", "type_id": 0}}],
+                "special_tokens": {},
+            },
+        ),
+    ],
+)
+def test_what_the_library_panics_over_is_a_broken_tokenizer(tmp_path, part, content):
+    saved(tmp_path / "t.json", {"?": 0, "a": 1})
+    settings = json.loads((tmp_path / "t.json").read_text())
+    (tmp_path / "t.json").write_text(json.dumps(settings | {part: content}))
+    with pytest.raises(InvalidBank, match=str(tmp_path / "t.json")):
+        list(Tokenizer(tmp_path / "t.json").token_ids([Example("a a")]))

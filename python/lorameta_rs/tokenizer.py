@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Iterator, Sequence
 
-MAX_VOCAB_SIZE = 1 << 24
+MAX_VOCAB_SIZE = 1 << 21
 """More ids than any model has. A count is kept for each id, so one huge id would fill memory."""
 
 _BATCH = 1 << 17  # characters tokenised at a time; what is made of them takes some 10 MB
@@ -73,12 +74,10 @@ class Tokenizer:
             MissingFile, UnreadableFile: the file cannot be read.
             InvalidBank: it is no tokenizer, or has no tokens for a text.
         """
-        try:
-            backend = self._backend
-            encode = backend.encode_batch if placed else backend.encode_batch_fast
+        backend = self._backend
+        encode = backend.encode_batch if placed else backend.encode_batch_fast
+        with self._faults("cannot encode a text"):
             return encode(list(texts), add_special_tokens=True)
-        except Exception as error:  # the library raises nothing more precise
-            raise InvalidBank(f"`{self.path}`: cannot encode a text: {error}") from error
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of texts that a model is to go on from; errors as `encode`.
@@ -95,7 +94,9 @@ class Tokenizer:
 
     def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
         """The texts of ids, without special tokens; errors as `encode`."""
-        return [self._backend.decode(list(ids), skip_special_tokens=True) for ids in rows]
+        backend = self._backend
+        with self._faults("cannot decode tokens"):
+            return [backend.decode(list(ids), skip_special_tokens=True) for ids in rows]
 
     def token_ids(
         self, rows: Iterable[Example | list[int]]
@@ -135,14 +136,25 @@ class Tokenizer:
     def _backend(self) -> tokenizers.Tokenizer:
         with files.reading(self.path) as file:
             content = file.read()
-        try:
+        with self._faults("not a tokenizer"):
             backend = tokenizers.Tokenizer.from_buffer(content)
-        except Exception as error:  # the library raises nothing more precise
-            raise InvalidBank(f"`{self.path}`: not a tokenizer: {error}") from error
         # Left over from training in some files: they would cut texts off and count padding.
         backend.no_truncation()
         backend.no_padding()
         return backend
+
+    @contextmanager
+    def _faults(self, what: str) -> Iterator[None]:
+        """Within this block, what the library raises is said to be `what` is wrong with the file.
+
+        It raises nothing more precise than `Exception`, and where its Rust panics not even that.
+        """
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            raise InvalidBank(f"`{self.path}`: {what}: {error}") from error
 
 
 def _answer_start(encoding: tokenizers.Encoding, example: Example) -> int:
