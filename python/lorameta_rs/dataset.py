@@ -91,7 +91,14 @@ def examples(
     if columns is not None and (isinstance(columns, str) or not columns):
         raise InvalidSetting(f"`columns` is {columns!r}, expected a list of one or more fields")
     chosen = None if columns is None else _Layout(tuple(columns))
-    source = Source(Path(path), max_row, lambda names: _needed(names, chosen))
+
+    def select(names: list[str]) -> list[str]:
+        try:
+            return _needed(names, chosen)
+        except _UnfitError as error:
+            raise source.fault(str(error)) from None
+
+    source = Source(Path(path), max_row, select)
     layout = chosen
     rows, empty = 0, True
     for place, row in source.rows():
@@ -144,6 +151,8 @@ class _Layout:
     inputs: tuple[str, ...]
     output: str | None = None
     optional: str | None = None
+    ids: bool | None = None
+    """Whether its only field holds token ids; None where it may hold either."""
 
     @cached_property
     def fields(self) -> tuple[str, ...]:
@@ -153,24 +162,27 @@ class _Layout:
     def required(self) -> tuple[str, ...]:
         return tuple(name for name in self.fields if name != self.optional)
 
+    def check(self, names: Collection[str]) -> None:
+        """See that a row with these fields has all that are required."""
+        for name in self.required:
+            if name not in names:
+                what = f"no field `{excerpt(name)}`, found {_listed(names)}"
+                raise _UnfitError(f"{what}\n{_COLUMNS}")
+
     def content(self, row: dict[str, Any], vocab_size: int) -> Example | list[int]:
         """The text of `row`, or its token ids where its only field is a list of numbers."""
-        for name in self.required:
-            if name not in row:
-                what = f"no field `{excerpt(name)}`, found {_listed(row)}"
-                raise _UnfitError(f"{what}\n{_COLUMNS}")
+        self.check(row)
         if len(self.fields) == 1:
             value = row[self.fields[0]]
-            if value == [] or (isinstance(value, list) and isinstance(value[0], int | float)):
+            numbers = value == [] or (isinstance(value, list) and isinstance(value[0], int | float))
+            if self.ids or (numbers and self.ids is None):
                 return _token_ids(self.fields[0], value, vocab_size)
-        # An empty input adds no empty line: the optional one is often there and empty.
-        parts = [text for name in self.inputs for text in self._texts(row, name) if text]
+        parts = [text for name in self.inputs for text in self._texts(row, name)]
         if self.output is not None:
-            found = Example("\n".join(parts), "\n".join(self._texts(row, self.output)))
-        elif len(parts) > 1:
-            found = Example("\n".join([*parts[:-1], ""]), parts[-1])
+            found = Example(_joined(parts), "\n".join(self._texts(row, self.output)))
         else:
-            found = Example("".join(parts))
+            text, answer = _joined(parts), parts[-1] if len(parts) > 1 else ""
+            found = Example(text[: len(text) - len(answer)], answer)
         _check_characters(found.text)
         return found
 
@@ -181,7 +193,7 @@ class _Layout:
                 return [text]
             case [str() as first, *_]:
                 return [first]
-            case [{"content": _}, *_]:
+            case [dict(), *_]:
                 return list(_contents(name, value))
             case None if name == self.optional:
                 return []
@@ -194,9 +206,9 @@ _LAYOUTS = (
     _Layout(("input",), "output"),
     _Layout(("prompt",), "completion"),
     _Layout(("question",), "answer"),
-    _Layout(("messages",)),
-    _Layout(("text",)),
-    _Layout(("input_ids",)),
+    _Layout(("messages",), ids=False),
+    _Layout(("text",), ids=False),
+    _Layout(("input_ids",), ids=True),
 )
 
 
@@ -211,13 +223,15 @@ def _recognised(names: Collection[str]) -> _Layout:
 
 
 def _needed(names: list[str], chosen: _Layout | None) -> list[str]:
-    """The columns to read; all of them if they do not fit, so that the error can name them."""
-    try:
-        layout = chosen or _recognised(names)
-    except _UnfitError:
-        return names
-    fit = all(name in names for name in layout.required)
-    return [name for name in layout.fields if name in names] if fit else names
+    """The columns to read of those that a file has."""
+    layout = chosen or _recognised(names)
+    layout.check(names)
+    return [name for name in layout.fields if name in names]
+
+
+def _joined(parts: Iterable[str]) -> str:
+    """Line by line; an empty input, as the optional one often is, adds no empty line."""
+    return "\n".join(part for part in parts if part)
 
 
 def _contents(name: str, messages: list[Any]) -> Iterator[str]:
@@ -226,9 +240,9 @@ def _contents(name: str, messages: list[Any]) -> Iterator[str]:
             case {"content": str() as text}:
                 yield text
             case {"content": None}:  # a message that only calls a tool
-                pass
+                yield ""
             case {"content": [*parts]}:  # text between images
-                yield from (text for part in parts for text in _part_text(part))
+                yield from [text for part in parts for text in _part_text(part)] or [""]
             case _:
                 where = f"message {number} of field `{excerpt(name)}`"
                 raise _UnfitError(f"{where} has no text as its `content`")
@@ -241,7 +255,10 @@ def _part_text(part: Any) -> list[str]:
     return []
 
 
-def _token_ids(name: str, values: list[Any], vocab_size: int) -> list[int]:
+def _token_ids(name: str, values: Any, vocab_size: int) -> list[int]:
+    if not isinstance(values, list):
+        what = f"field `{excerpt(name)}` holds {_described(values)}"
+        raise _UnfitError(f"{what}, expected an array of token ids")
     for value in values:
         if type(value) is not int or not 0 <= value < vocab_size:
             what = f"field `{excerpt(name)}` holds {_described(value)}"
@@ -270,6 +287,8 @@ def _described(value: Any) -> str:
             return f"the text `{excerpt(value, 30)}`"
         case []:
             return "an empty array"
+        case [str() | int() | float() | None as first, *_]:
+            return f"an array that begins with {_described(first)}"
         case list():
             return "an array"
         case dict():
