@@ -11,15 +11,13 @@ import gzip
 import io
 import itertools
 import json
-import tempfile
 import warnings
 import zlib
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import IO, TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from lorameta_rs.errors import InvalidDataset, MissingExtra
+from lorameta_rs.errors import InvalidDataset
 from lorameta_rs.files import reading
 from lorameta_rs.json_stream import Decoder, Scanner
 
@@ -29,11 +27,9 @@ if TYPE_CHECKING:
 
     Row = tuple[str, Any]  # its place, as "line 7", and what stands there
 
-MAX_ROW = 4 << 20
-"""Bytes that one row may have: a long book. Tokenising a text takes 80 times its size."""
+MAX_ROW = 1 << 20
+"""Bytes that one row may have: a novel. Tokenising a text takes 150 times its size."""
 
-_MAX_UNPACKED = 4 << 30
-_PARQUET_BUFFER = 1 << 16
 _ROWS_FIELD = "Instances"
 
 
@@ -304,7 +300,7 @@ def _records(
         try:
             record = next(reader, None)
         except csv.Error as error:
-            raise source.fault(f"not valid CSV: {error}", place) from None
+            raise source.fault(f"not valid CSV: {_csv_fault(error)}", place) from None
         finally:
             csv.field_size_limit(limit)
         if record is None:
@@ -313,43 +309,20 @@ def _records(
             yield place, record
 
 
+def _csv_fault(error: csv.Error) -> str:
+    """What is wrong with a record, without Python's advice to programmers."""
+    what = str(error)
+    if what.startswith("new-line character"):
+        return "its lines end with a lone CR, expected LF or CRLF"
+    if "expected after" in what:
+        return f'{what}\na field that holds `"` stands in quotes, with each `"` in it doubled'
+    return what
+
+
 def _parquet(source: Source, stream: io.BufferedReader) -> Iterator[Row]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        what = "parquet needs pyarrow: pip install 'lorameta-rs[parquet]'"
-        raise MissingExtra(f"`{source.path}`: {what}") from error
-    numbers = itertools.count(1)
-    with _seekable(source, stream) as file:
-        try:
-            # So, and without threads, a page is read at a time; else a whole row group, which may
-            # be the whole file.
-            table = parquet.ParquetFile(file, buffer_size=_PARQUET_BUFFER, pre_buffer=False)
-            columns = list(source.select(table.schema_arrow.names))
-            # A batch becomes Python objects: few rows, because each may be long.
-            for batch in table.iter_batches(batch_size=64, columns=columns, use_threads=False):
-                for row in batch.to_pylist():
-                    yield f"row {next(numbers)}", row
-        except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise
-            raise source.fault(f"not valid parquet: {excerpt(str(error), 120)}") from None
+    from lorameta_rs.parquet import parquet_rows
 
-
-@contextmanager
-def _seekable(source: Source, stream: io.BufferedReader) -> Iterator[IO[bytes]]:
-    """Parquet is read from its end: what is compressed is unpacked to the disk before."""
-    if not source.compressed:
-        yield stream
-        return
-    with tempfile.TemporaryFile() as file:
-        while chunk := stream.read(1 << 20):
-            if file.tell() > _MAX_UNPACKED:
-                raise source.fault(f"more than {_MAX_UNPACKED:,} bytes when unpacked")
-            file.write(chunk)
-        file.seek(0)
-        yield file
+    yield from parquet_rows(source, stream)
 
 
 READERS: dict[str, Callable[[Source, io.BufferedReader], Iterator[Row]]] = {
