@@ -204,6 +204,28 @@ def test_the_least_that_is_a_record(tmp_path):
         {"target": {"path": "new.txt", "sha256": None}},
         {"relevance": {"nearest": "a"}},
         {"relevance": {"nearest": 3, "distance": 0, "percentile": 0, "effective_number": 1}},
+        {"members": []},
+        {"members": [{"name": "a", "sha256": None, "coefficient": 0}]},
+        {"members": [{"name": "a", "sha256": None, "coefficient": True}]},
+        {"members": [{"name": "a", "sha256": None, "coefficient": float("nan")}]},
+        {"members": [{"name": "a", "sha256": None, "coefficient": 10**400}]},
+        {"members": [{"name": "a", "sha256": None, "coefficient": 1, "similarity": [1]}]},
+        {
+            "relevance": {
+                "nearest": "a",
+                "distance": 0,
+                "percentile": 10**400,
+                "effective_number": 1,
+            }
+        },
+        *(
+            {"settings": RECORD["settings"] | {name: value}}
+            for name, value in (
+                *(("modules", 5), ("modules", [5]), ("drop_unsupported", "x"), ("seed", True)),
+                *(("rank", "x"), ("rank", 1.5), ("memory", "x"), ("memory", 1.5), ("memory", None)),
+                *(("seed", "x"), ("energy", "x"), ("normalize", []), ("base_weights", 3)),
+            )
+        ),
         {"settings": {}},
         {"settings": {"bank": 3}},
         {"settings": []},
@@ -215,6 +237,23 @@ def test_what_is_no_record(tmp_path, change):
     path.write_text(json.dumps(RECORD | change))
     with pytest.raises(InvalidSetting, match=r"lorameta\.json`: (not a lorameta|format)"):
         Provenance.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"method": "sup"}, "method `sup`: expected one of auto, soup"),
+        ({"settings": RECORD["settings"] | {"normalize": "x"}}, "normalize `x`: expected one of"),
+        ({"settings": RECORD["settings"] | {"memory": 0}}, "memory is 0, expected 1 or more"),
+        ({"members": 3}, "not a lorameta.json: its members are no array"),
+    ],
+)
+def test_what_is_wrong_is_said_of_the_file(tmp_path, change, said):
+    path = tmp_path / "lorameta.json"
+    path.write_text(json.dumps(RECORD | change))
+    with pytest.raises(InvalidSetting) as caught:
+        Provenance.load(path)
+    assert str(caught.value).startswith(f"`{path}`: {said}")
 
 
 @pytest.mark.parametrize("text", ["", "junk", "[]", "3", "[" * 100_000, "\udcff"])

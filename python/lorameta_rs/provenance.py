@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,10 +26,18 @@ if TYPE_CHECKING:
 FILE_NAME = "lorameta.json"
 FORMAT = 1
 
-OF_RESULT = (
-    *("dtype", "allow_nan", "rank", "energy", "normalize"),
-    *("density", "majority_sign", "seed", "memory"),
-)
+_KINDS: dict[str, tuple[type, ...]] = {
+    "dtype": (str,),
+    "allow_nan": (bool,),
+    "rank": (int, NoneType),
+    "energy": (int, float, NoneType),
+    "normalize": (str, NoneType),
+    "density": (int, float, NoneType),
+    "majority_sign": (str,),
+    "seed": (int,),
+    "memory": (int,),
+}
+OF_RESULT = tuple(_KINDS)
 """The options beside the method that a result depends on."""
 
 _LARGEST = 64 << 20
@@ -86,14 +96,19 @@ class Provenance:
             text = file.read(_LARGEST)
         try:
             found = json.loads(text)
+            if not isinstance(found, dict):
+                raise ValueError("expected an object")
+            fields = ("format", *cls.__dataclass_fields__)
+            if lacking := [name for name in fields if name not in found]:
+                raise ValueError(f"it has no `{lacking[0]}`")
             if found["format"] != FORMAT:
-                raise InvalidSetting(
-                    f"`{path}`: format {found['format']!r}, this version reads {FORMAT}"
-                )
+                raise InvalidSetting(f"format {found['format']!r}, this version reads {FORMAT}")
             record = cls(**{name: found[name] for name in cls.__dataclass_fields__})
             _check(record)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise InvalidSetting(f"`{path}`: not a {FILE_NAME}: {error!r}") from error
+        except InvalidSetting as error:
+            raise InvalidSetting(f"`{path}`: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise InvalidSetting(f"`{path}`: not a {FILE_NAME}: {error}") from error
         return record
 
 
@@ -106,18 +121,13 @@ def size(coefficient: float | list[float]) -> float:
 
 def _check(record: Provenance) -> None:
     """See that a record has what is needed to repeat it; `ValueError` if not."""
-    match record.settings:
-        case {
-            "bank": str(bank),
-            "base_model": str() | None,
-            "dtype": str(),
-            "allow_nan": bool(),
-        } if "\0" not in bank:
-            pass
-        case _:
-            raise ValueError("its settings lack bank, base_model, dtype or allow_nan")
+    from lorameta_rs.merge import Options
+
+    _check_settings(record.settings)
     if not isinstance(record.method, str):
         raise ValueError("its method is no text")
+    given = {name: record.settings[name] for name in OF_RESULT if name in record.settings}
+    Options(method=record.method, **given)
     match record.target, record.settings:
         case None, _:
             pass
@@ -126,27 +136,54 @@ def _check(record: Provenance) -> None:
         case _:
             raise ValueError("its target lacks path or sha256, or its settings metric or pipeline")
     match record.relevance:
-        case None | {
-            "nearest": str(),
-            "distance": int() | float(),
-            "percentile": int() | float() | None,
-            "effective_number": int() | float(),
-        }:
+        case None:
             pass
+        case {"nearest": str(), "distance": near, "percentile": share, "effective_number": number}:
+            for value in (near, 0.0 if share is None else share, number):
+                _number("relevance", value)
         case _:
             raise ValueError("its relevance is not what a ranking says")
+    if not isinstance(record.members, list):
+        raise ValueError("its members are no array")
     for member in record.members:
         match member:
-            case {"name": str(), "sha256": str() | None, "coefficient": int() | float() as given}:
-                member["coefficient"] = float(given)
             case {"name": str(), "sha256": str() | None, "coefficient": [*several]} if (
                 len(several) == len(record.modules) > 0
             ):
-                member["coefficient"] = [float(one) for one in several]
+                member["coefficient"] = [_number("coefficient", one) for one in several]
+            case {"name": str(), "sha256": str() | None, "coefficient": given}:
+                member["coefficient"] = _number("coefficient", given)
             case _:
                 raise ValueError("a member lacks its name, sha256 or coefficient")
-        if not isinstance(member.get("distance"), int | float | None):
-            raise ValueError("the distance of a member is no number")
+        for name in ("distance", "similarity"):
+            if (value := member.get(name)) is not None:
+                member[name] = _number(f"{name} of a member", value)
+    if not any(np.any(member["coefficient"]) for member in record.members):
+        raise ValueError("no member has a coefficient other than 0")
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    match settings:
+        case {"bank": str(bank), "base_model": str() | None, **given} if "\0" not in bank:
+            pass
+        case _:
+            raise ValueError("its settings lack bank or base_model")
+    kinds = _KINDS | {"drop_unsupported": (bool,), "base_weights": (str, NoneType)}
+    for name, value in given.items():
+        if name in kinds and type(value) not in kinds[name]:
+            raise ValueError(f"`{name}` in its settings is not of the right type")
+    modules = given.get("modules", [])
+    if not isinstance(modules, list) or not all(isinstance(one, str) for one in modules):
+        raise ValueError("`modules` in its settings is no array of texts")
+    if lacking := {"dtype", "allow_nan"} - given.keys():
+        raise ValueError(f"its settings lack {lacking.pop()}")
+
+
+def _number(what: str, value: Any) -> float:
+    """`value` if it is a finite number that a float can hold."""
+    if type(value) in (int, float) and abs(value) <= sys.float_info.max:
+        return float(value)
+    raise ValueError(f"the {what} is no finite number")
 
 
 def _again(
