@@ -106,6 +106,25 @@ def test_a_bad_member_is_left_out_loudly_and_keeps_its_hash(bank, lorameta):
     assert "b" in json.loads((bank / "index.json").read_text())["adapters"]
 
 
+def test_a_member_that_holds_nan_is_named_and_left_out_of_merges(make_bank, tmp_path, lorameta):
+    members = {name: {"text": text} for name, text in TEXTS.items()}
+    written = make_bank(members, tokenizer=True)
+    written.edit("b", lambda tensors: next(iter(tensors.values())).fill(np.nan))
+    (tmp_path / "new.txt").write_text("to be a horse")
+    merge = ["merge", written.folder, tmp_path / "new.txt", "-o", tmp_path / "out"]
+    tensor = next(iter(written.numbers["b"]))
+    status, _, err = lorameta("index", written.folder)
+    assert (status, tensor in err, "1 folder left out" in err) == (0, True, True)
+    assert err.count("warning: `b` is left out") == 1
+    for command in (["index", written.folder], ["rank", *merge[1:3]], merge):
+        status, _, err = lorameta(*command)
+        assert (status, err.count("warning: `b` is left out")) == (0, 1)
+    status, _, err = lorameta("merge", written.folder, "--weights", "b=1", *merge[3:], "--force")
+    assert (status, tensor in err) == (1, True)
+    status, _, err = lorameta(*merge, "--force", "--allow-nan")
+    assert (status, "`b` is left out" in err) == (0, False)
+
+
 def test_a_bank_without_usable_members_is_an_error(bank, tmp_path, lorameta):
     for name in TEXTS:
         (bank / name / WEIGHTS).unlink()

@@ -121,11 +121,11 @@ def test_members_are_compared_by_the_columns_they_were_indexed_with(make_bank, t
     assert "for a member of a bank, `index --columns`" in err
     assert lorameta("index", bank, "--columns", "x, y")[0] == 0
     status, out, err = lorameta("rank", bank, new, "--columns", "x,y", "--json")
-    assert (status, "made again" in err) == (0, False)
+    assert (status, "be made again" in err) == (0, False)
     assert [member["distance"] for member in json.loads(out)["members"]] == [0, 0]
     (bank / "b" / "train.csv").write_text("x,y,z\none,one,three\n")
     _, out, err = lorameta("rank", bank, new, "--columns", "x,y", "--json")
-    assert "1 fingerprint made again, of `b`: " in err
+    assert "1 fingerprint to be made again, of `b`: " in err
     assert [member["distance"] > 0 for member in json.loads(out)["members"]] == [False, True]
 
 
@@ -133,18 +133,22 @@ def test_members_are_compared_by_the_columns_they_were_indexed_with(make_bank, t
 def test_what_is_made_again_is_said_once_with_a_reason(bank, dataset, tmp_path, lorameta, command):
     options = [] if command == "rank" else ["-o", tmp_path / "out"]
     lorameta("index", bank)
-    assert "made again" not in lorameta(command, bank, dataset, *options)[2]
+    assert "be made again" not in lorameta(command, bank, dataset, *options)[2]
     (bank / "macbeth" / "train.txt").write_text("tomorrow and tomorrow")
     options += [] if command == "rank" else ["--force"]
     _, _, err = lorameta(command, bank, dataset, *options)
     file = bank / "macbeth" / "fingerprint.safetensors"
     changed = f"its dataset `{bank / 'macbeth' / 'train.txt'}` has changed"
-    assert err.splitlines()[0] == f"1 fingerprint made again, of `macbeth`: `{file}`: {changed}"
+    assert (
+        err.splitlines()[0] == f"1 fingerprint to be made again, of `macbeth`: `{file}`: {changed}"
+    )
     (bank / "tokenizer.json").write_text((bank / "tokenizer.json").read_text() + "\n")
     _, _, err = lorameta(command, bank, dataset, *options)
-    assert err.startswith("3 fingerprints made again, of `hamlet`, `macbeth`, `richard`: the first")
+    assert err.startswith(
+        "3 fingerprints to be made again, of `hamlet`, `macbeth`, `richard`: the first"
+    )
     assert f"another tokenizer than `{bank / 'tokenizer.json'}`" in err
-    assert "made again" not in lorameta(command, bank, dataset, *options)[2]
+    assert "be made again" not in lorameta(command, bank, dataset, *options)[2]
 
 
 def test_a_bank_of_one_has_no_distances_to_index(make_bank, dataset, lorameta):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 from dataclasses import replace
@@ -16,7 +17,13 @@ import reference
 from lorameta_rs import Bank, Fingerprint, files, index
 from lorameta_rs.distance import pairwise
 from lorameta_rs.errors import InvalidBank, InvalidDataset, MissingFile, UnreadableFile
-from lorameta_rs.index import Index, hash_adapters, make_fingerprints, nearest_distances
+from lorameta_rs.index import (
+    Index,
+    hash_adapters,
+    leave_out_not_finite,
+    make_fingerprints,
+    nearest_distances,
+)
 from lorameta_rs.relevance import leave_one_out_nearest
 from lorameta_rs.shape import delta_norms
 
@@ -312,6 +319,7 @@ def test_hashes_are_those_of_the_files(folder):
             "size": status.st_size,
             "mtime_ns": status.st_mtime_ns,
             "norms": content["adapters"][member.name]["norms"],
+            "fault": None,
         }
         (kept,), (anew,) = delta_norms([member], Index.of(bank)), delta_norms([member])
         assert kept == pytest.approx(anew)
@@ -363,6 +371,53 @@ def test_an_index_that_is_broken_counts_as_empty(indexed, tmp_path, text):
     assert json.loads((indexed / "index.json").read_text())["adapters"].keys() == set("abc")
 
 
+@pytest.mark.parametrize("value", [[math.nan] * 4, [-1.0] * 4, ["x"] * 4, [1] * 4, 3])
+def test_a_broken_record_of_an_adapter_counts_as_missing(indexed, value):
+    hash_adapters(Bank(indexed))
+    content = json.loads((indexed / "index.json").read_text())
+    content["adapters"]["b"]["norms"] = value
+    (indexed / "index.json").write_text(json.dumps(content))
+    bank = Bank(indexed)
+    known = [Index.of(bank).sha256(member) is not None for member in bank.members]
+    assert known == ([True, False, True] if isinstance(value, list) else [False] * 3)
+
+
+def test_members_that_hold_nan_are_known_and_left_out(make_bank):
+    written = make_bank({name: {"text": TEXTS[name]} for name in TEXTS}, tokenizer=True)
+    written.edit("b", lambda tensors: next(iter(tensors.values())).fill(math.nan))
+    bank = Bank(written.folder)
+    leave_out_not_finite(bank)
+    assert bank.left_out == {}
+    hash_adapters(bank)
+    leave_out_not_finite(bank)
+    assert bank.names == ["a", "c"]
+    assert str(written.weights("b")) in str(bank.left_out["b"])
+    assert next(iter(written.numbers["b"])) in str(bank.left_out["b"])
+    # Another file is another matter.
+    shutil.copy(written.weights("a"), written.weights("b"))
+    again = Bank(written.folder)
+    leave_out_not_finite(again)
+    assert again.names == ["a", "b", "c"]
+
+
+def test_what_adds_nothing_is_noted(make_bank):
+    def silence(tensors):
+        for name, numbers in tensors.items():
+            numbers *= "q_proj.lora_B" not in name
+
+    written = make_bank({name: {"text": TEXTS[name]} for name in TEXTS}, tokenizer=True)
+    written.edit("c", silence)
+    bank = Bank(written.folder)
+    hash_adapters(bank)
+    leave_out_not_finite(bank)
+    leave_out_not_finite(bank)
+    (note,) = bank.notes
+    assert note.startswith(
+        "`c` changes nothing in `model.layers.0.self_attn.q_proj` and 1 more: its"
+    )
+    assert len(bank) == 3
+
+
 # The bank's own distances.
 
 
@@ -392,6 +447,15 @@ def test_kept_distances_are_used_while_the_fingerprints_are_the_same(indexed, mo
     bank = Bank(indexed)
     make_fingerprints(bank)
     assert nearest_distances(bank, "js") is None
+
+
+@pytest.mark.parametrize("value", ["x", [1], math.nan, 1, None])
+def test_kept_distances_that_are_none_are_computed_again(indexed, value):
+    want = nearest_distances(Bank(indexed), "js", patient=True)
+    content = json.loads((indexed / "index.json").read_text())
+    content["nearest"]["js"]["distances"] = [value] * 3
+    (indexed / "index.json").write_text(json.dumps(content))
+    np.testing.assert_array_equal(nearest_distances(Bank(indexed), "js"), want)
 
 
 def test_progress_of_the_distances(indexed):

@@ -234,6 +234,11 @@ class Bank:
         self._kept = BankFingerprints(self, self._fingerprints_folder)
         self.__dict__.pop("fingerprints", None)
 
+    def note(self, text: str) -> None:
+        """Add to what is odd about the bank, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
     def leave_out(self, reasons: Mapping[str, LoraMetaError]) -> None:
         """Go on without some members.
 

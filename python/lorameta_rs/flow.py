@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lorameta_rs.bank import Bank
 from lorameta_rs.fingerprint import token_distribution
-from lorameta_rs.index import make_fingerprints
+from lorameta_rs.index import leave_out_not_finite, make_fingerprints
 from lorameta_rs.merge import Job, Options, merge
 from lorameta_rs.ranking import Ranking, Settings, rank
 
@@ -83,6 +83,8 @@ def generate(
         LoraMetaError: What cannot be used, and what to do about it.
     """
     bank = bank if isinstance(bank, Bank) else Bank(bank)
+    if options is None or not options.allow_nan:
+        leave_out_not_finite(bank)
     make_fingerprints(bank)
     (job,) = jobs_for(bank, [Path(dataset)], [Path(out)], settings or Settings(), columns)
     merge(bank, [job], options, progress)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -43,11 +44,13 @@ class AdapterRecord:
     mtime_ns: int
     norms: list[float] | None = None
     """‖B A‖ in each of its modules, without the scaling; None where they cannot be computed."""
+    fault: str | None = None
+    """Why they cannot: which tensor holds NaN or infinity."""
 
     def is_sound(self) -> bool:
-        """Whether its values are of their types: somebody may have written to the file."""
-        norms = self.norms or []
-        return isinstance(self.sha256, str) and all(type(norm) is float for norm in norms)
+        """Whether its values are of their kinds: somebody else may have written to the file."""
+        sound = isinstance(self.sha256, str) and isinstance(self.fault, str | None)
+        return sound and all(_is_norm(norm) for norm in self.norms or [])
 
     def is_of(self, member: Member) -> bool:
         """Whether the member's file has the size and time recorded here."""
@@ -72,9 +75,8 @@ class Index:
             if found["format"] != FORMAT:
                 return cls(path)
             adapters = {name: AdapterRecord(**one) for name, one in found["adapters"].items()}
-            if not all(record.is_sound() for record in adapters.values()):
-                return cls(path)
-            return cls(path, adapters, dict(found["nearest"]))
+            sound = {name: record for name, record in adapters.items() if record.is_sound()}
+            return cls(path, sound, dict(found["nearest"]))
         except (LoraMetaError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return cls(path)
 
@@ -88,14 +90,42 @@ class Index:
 
     def norms(self, member: Member) -> list[float] | None:
         """The recorded norms of a member's modules, as `sha256` of its hash."""
-        record = self.adapters.get(member.name)
-        kept = None if record is None or not record.is_of(member) else record.norms
+        record = self._record(member)
+        kept = None if record is None else record.norms
         return kept if kept is not None and len(kept) == len(member.modules) else None
 
     def sha256(self, member: Member) -> str | None:
         """The recorded hash of a member's file; None if there is none, or the file has changed."""
+        record = self._record(member)
+        return None if record is None else record.sha256
+
+    def fault(self, member: Member) -> str | None:
+        """Which tensor of a member was found to hold NaN or infinity, as `sha256` of its hash."""
+        record = self._record(member)
+        return None if record is None else record.fault
+
+    def _record(self, member: Member) -> AdapterRecord | None:
         record = self.adapters.get(member.name)
-        return record.sha256 if record is not None and record.is_of(member) else None
+        return record if record is not None and record.is_of(member) else None
+
+
+def leave_out_not_finite(bank: Bank) -> None:
+    """Leave out members that the index knows to hold NaN or infinity, and note what adds nothing.
+
+    Raises:
+        InvalidBank: None remains.
+    """
+    index = Index.of(bank)
+    for member in bank.members:
+        pairs = zip(member.modules, index.norms(member) or [], strict=False)
+        if idle := [module.name for module, norm in pairs if norm == 0]:
+            more = f" and {len(idle) - 1} more" if len(idle) > 1 else ""
+            bank.note(
+                f"`{member.name}` changes nothing in `{idle[0]}`{more}: its `lora_B` or `lora_A` "
+                "holds only zeros"
+            )
+    faults = {member.name: index.fault(member) for member in bank.members}
+    bank.leave_out({name: NotFinite(fault) for name, fault in faults.items() if fault is not None})
 
 
 def make_fingerprints(
@@ -162,7 +192,8 @@ def make_fingerprints(
         )
     if failed:
         bank.leave_out(failed)
-    bank.notes += [note for note in _equal_datasets(bank) if note not in bank.notes]
+    for note in _equal_datasets(bank):
+        bank.note(note)
     return made | dict.fromkeys(failed, False)
 
 
@@ -195,8 +226,9 @@ def hash_adapters(bank: Bank, progress: Callable[[str], None] | None = None) -> 
             progress(member.name)
         adapter = member.adapter
         digest = files.sha256(adapter.path)
+        norms, fault = _norms(member)
         index.adapters[member.name] = AdapterRecord(
-            digest, adapter.size, adapter.mtime_ns, _norms(member)
+            digest, adapter.size, adapter.mtime_ns, norms, fault
         )
     gone = set(index.adapters) - set(bank.names) - set(bank.left_out)
     for name in gone:
@@ -206,13 +238,18 @@ def hash_adapters(bank: Bank, progress: Callable[[str], None] | None = None) -> 
     return len(unknown)
 
 
-def _norms(member: Member) -> list[float] | None:
+def _norms(member: Member) -> tuple[list[float] | None, str | None]:
+    """The norms of a member's modules, or why it has none."""
     from lorameta_rs.merge import Options
 
     try:
-        return _core.norms([member.adapter], Options())[0]
-    except NotFinite:  # `merge` says so, where the member is used
-        return None
+        return _core.norms([member.adapter], Options())[0], None
+    except NotFinite as error:
+        return None, str(error)
+
+
+def _is_norm(value: Any) -> bool:
+    return type(value) is float and 0 <= value < math.inf
 
 
 def nearest_distances(
@@ -236,7 +273,9 @@ def nearest_distances(
     index = Index.of(bank)
     key = _key(bank)
     match index.nearest.get(metric):
-        case {"fingerprints": of, "distances": [*kept]} if of == key and len(kept) == len(bank):
+        case {"fingerprints": of, "distances": [*kept]} if (
+            of == key and len(kept) == len(bank) and all(_is_distance(one) for one in kept)
+        ):
             return np.asarray(kept, dtype=np.float64)
     if len(bank) > _QUICK and not patient:
         return None
@@ -246,6 +285,10 @@ def nearest_distances(
         index.nearest[metric] = {"fingerprints": key, "distances": found.tolist()}
         index.save()
     return found
+
+
+def _is_distance(value: Any) -> bool:
+    return type(value) is float and not math.isnan(value)
 
 
 def _key(bank: Bank) -> str:

@@ -34,12 +34,14 @@ def index(bank: Path, metrics: tuple[str, ...], as_json: bool, **arguments: Any)
     to, but what `index` keeps tells them more: which files they use, and how near is near.
     """
     from lorameta_rs.distance import applicable
-    from lorameta_rs.index import hash_adapters, nearest_distances
+    from lorameta_rs.index import hash_adapters, leave_out_not_finite, nearest_distances
 
     opened = options.bank_from(bank, arguments, arguments["columns"])
-    made = fingerprinted(opened)
+    made, said = fingerprinted(opened)
     with console.steps("hashing adapters", len(opened)) as step:
         hashed = hash_adapters(opened, progress=step)
+    leave_out_not_finite(opened)
+    console.report(opened, said)
     for metric in metrics:
         for name in applicable(metric, opened.fingerprints):
             with console.progress(f"comparing datasets by {name}") as update:

@@ -263,7 +263,7 @@ def _compared(
     places = [place for folder in folders for place in written_to(folder, formats).values()]
     check(places, OWNED, arguments["force"])
     opened = options.bank_from(bank, arguments)
-    fingerprinted(opened, keep)
+    fingerprinted(opened, keep, arguments["allow_nan"])
     settings, norms = calibrated(context, opened, arguments)
     given = vectors(opened, arguments["vectors"])
     with console.rows("counting the new tokens") as update:

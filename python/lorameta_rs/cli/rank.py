@@ -101,16 +101,23 @@ def vectors(bank: Bank, paths: Sequence[Path]) -> Vectors | None:
     return found
 
 
-def fingerprinted(bank: Bank, keep: bool = True) -> int:
-    """Give every member a fingerprint, leave those out that can have none; how many were made."""
-    from lorameta_rs.index import make_fingerprints
+def fingerprinted(
+    bank: Bank, keep: bool = True, allow_nan: bool = False
+) -> tuple[int, frozenset[str]]:
+    """Give every member a fingerprint, and leave those out that can have none.
 
+    Those too that the index knows to hold NaN or infinity, unless `allow_nan`. Returns how many
+    were made, and what has been said of the bank.
+    """
+    from lorameta_rs.index import leave_out_not_finite, make_fingerprints
+
+    if not allow_nan:
+        leave_out_not_finite(bank)
     said = console.report(bank)
     _say_outdated(bank)
     with console.steps("counting tokens", len(bank.unfingerprinted())) as step:
         made = make_fingerprints(bank, keep=keep, progress=step)
-    console.report(bank, said)
-    return sum(made.values())
+    return sum(made.values()), console.report(bank, said)
 
 
 def _say_outdated(bank: Bank) -> None:
@@ -123,7 +130,7 @@ def _say_outdated(bank: Bank) -> None:
     if len(again) > 3:
         names += f" and {len(again) - 3} more"
     why = reasons[again[0]] if len(again) == 1 else f"the first because {reasons[again[0]]}"
-    console.say(f"{console.number(len(again), 'fingerprint')} made again, of {names}: {why}")
+    console.say(f"{console.number(len(again), 'fingerprint')} to be made again, of {names}: {why}")
 
 
 def rows(ranking: Ranking, most: int | None = None) -> list[tuple[str, str, str, str]]:
