@@ -62,7 +62,6 @@ def test_of_a_dataset(folder, dataset, tmp_path):
         "top_k": 2,
         "mass": None,
         "min_similarity": None,
-        "scale": 1.0,
         "compat": None,
         "columns": None,
     }
