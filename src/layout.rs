@@ -105,7 +105,8 @@ impl Layout {
             notes.push(format!("{count} tensors beyond plain LoRA left out, first {first}"));
         }
         let (names, tensors): (Vec<String>, Vec<Tensor>) = kept.into_iter().unzip();
-        let mut halves: BTreeMap<(String, Kind), [Option<usize>; 2]> = BTreeMap::new();
+        // By the module's name, and whether it is an embedding.
+        let mut halves: BTreeMap<(String, bool), [Option<usize>; 2]> = BTreeMap::new();
         let mut magnitudes: BTreeMap<String, usize> = BTreeMap::new();
         let mut unprefixed = false;
         let mut adapter_name = None;
@@ -133,19 +134,15 @@ impl Layout {
                 }
                 continue;
             };
-            let kind = match (part.embedding, tensor.shape.len()) {
-                (true, 2) => Kind::Embedding,
-                (false, 2) => Kind::Linear,
-                (false, 3..=5) => Kind::Conv,
-                (_, n) => {
-                    return Err(fault(format!(
-                        "has {n} dimensions ({:?}), expected 2, or 3 to 5 for a convolution",
-                        tensor.shape
-                    )));
-                }
-            };
+            let dimensions = tensor.shape.len();
+            if !(2..=if part.embedding { 2 } else { 5 }).contains(&dimensions) {
+                return Err(fault(format!(
+                    "has {dimensions} dimensions ({:?}), expected 2, or 3 to 5 for a convolution",
+                    tensor.shape
+                )));
+            }
             adapter_name = adapter_name.or(part.adapter);
-            let half = &mut halves.entry((part.module.to_owned(), kind)).or_default();
+            let half = &mut halves.entry((part.module.to_owned(), part.embedding)).or_default();
             if half[part.factor as usize].replace(index).is_some() {
                 return Err(fault(format!("is a second factor for {}", Quoted(part.module))));
             }
@@ -157,9 +154,9 @@ impl Layout {
             notes.push(format!("tensor names carry the adapter's name {}", Quoted(name)));
         }
         let mut modules = Vec::with_capacity(halves.len());
-        for ((name, kind), factors) in halves {
+        for ((name, embedding), factors) in halves {
             let magnitude = magnitudes.remove(&name);
-            modules.push(module(name, kind, factors, magnitude, &tensors)?);
+            modules.push(module(name, embedding, factors, magnitude, &tensors)?);
         }
         if let Some((name, tensor)) = magnitudes.pop_first() {
             let reason = format!("the module {} has no lora_A and lora_B", Quoted(&name));
@@ -187,7 +184,7 @@ impl Layout {
 /// Check that two factors belong together.
 fn module(
     name: String,
-    kind: Kind,
+    embedding: bool,
     factors: [Option<usize>; 2],
     magnitude: Option<usize>,
     tensors: &[Tensor],
@@ -203,6 +200,24 @@ fn module(
         }
         [None, None] => unreachable!("a module is entered with a factor"),
     };
+    let (kernel, behind) = (&tensors[a].shape[2..], &tensors[b].shape[2..]);
+    if kernel.len() != behind.len() || behind.iter().any(|&size| size != 1) {
+        return Err(Fault {
+            tensor: tensors[a].name.clone(),
+            reason: format!(
+                "has shape {:?}, lora_B of {} has {:?}: that of a convolution has as many \
+                 dimensions, and a kernel of ones",
+                tensors[a].shape,
+                Quoted(&name),
+                tensors[b].shape
+            ),
+        });
+    }
+    let kind = match (embedding, kernel) {
+        (true, _) => Kind::Embedding,
+        (false, []) => Kind::Linear,
+        (false, _) => Kind::Conv,
+    };
     let (rank, columns) = (tensors[a].shape[0], tensors[b].shape[1]);
     let fault = |reason| Err(Fault { tensor: tensors[b].name.clone(), reason });
     if rank != columns {
@@ -214,13 +229,6 @@ fn module(
     }
     if rank == 0 {
         return fault("has rank 0".to_owned());
-    }
-    let (kernel, behind) = (&tensors[a].shape[2..], &tensors[b].shape[2..]);
-    if kernel.len() != behind.len() || behind.iter().any(|&size| size != 1) {
-        return fault(format!(
-            "has a kernel {behind:?}, lora_A of {} has {kernel:?}: expected as many ones",
-            Quoted(&name)
-        ));
     }
     if let Some(magnitude) = magnitude {
         let fault = |reason| Err(Fault { tensor: tensors[magnitude].name.clone(), reason });
@@ -414,7 +422,7 @@ mod tests {
             (&[("x.lora_A.weight", &[2, 6][..])][..], "`x` has no lora_B"),
             (&[("x.lora_A.weight", &[2, 4]), ("x.lora_B.weight", &[6, 3])], "3 columns"),
             (&[("x.lora_A.weight", &[2]), ("x.lora_B.weight", &[6, 2])], "1 dimensions"),
-            (&[("x.lora_A.weight", &[2, 4, 3]), ("x.lora_B.weight", &[6, 2, 3])], "kernel [3]"),
+            (&[("x.lora_A.weight", &[2, 4, 3]), ("x.lora_B.weight", &[6, 2, 3])], "[6, 2, 3]"),
             (&[("x.lora_A.weight", &[2, 4, 3]), ("x.lora_B.weight", &[6, 2, 1, 1])], "[1, 1]"),
             (&[("x.lora_magnitude_vector", &[6])], "use_dora"),
             (&[("lora_unet_x.lora_down.weight", &[6, 2])], "kohya"),

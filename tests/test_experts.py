@@ -162,6 +162,20 @@ def test_factors_are_those_of_a_plain_module_of_as_many_rows(make_bank, tmp_path
         np.testing.assert_array_equal(tensors[name], numbers)
 
 
+@pytest.mark.parametrize("method", ["svd", "cat", "ties_svd"])
+def test_threads_and_other_targets_do_not_matter(make_bank, tmp_path, method):
+    bank = Bank(write(make_bank, [2, 3, 4]).folder)
+    density = 0.3 if method == "ties_svd" else None
+    one, other = COEFFICIENTS, np.array([0.2, 1.0, 0.5])
+    outs = [tmp_path / str(i) for i in range(4)]
+    for out, threads, row in zip(outs, (1, 3), (one, other), strict=False):
+        merge(bank, [Job(row, out)], Options(method=method, density=density, threads=threads))
+    jobs = [Job(one, outs[2]), Job(other, outs[3])]
+    merge(bank, jobs, Options(method=method, density=density))
+    first, second, *both = ((out / WEIGHTS).read_bytes() for out in outs)
+    assert [first, second] == both
+
+
 @pytest.mark.parametrize("rule", ["ties", "magnitude_prune"])
 def test_each_experts_delta_is_thinned_out_by_itself(make_bank, tmp_path, rule):
     written = write(make_bank, [2, 3, 4])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -33,6 +34,16 @@ REAL = {
 @pytest.fixture(scope="module")
 def real(make_bank):
     return make_bank(REAL)
+
+
+@pytest.fixture(scope="module")
+def frozen(make_bank):
+    """A bank of members that share their A."""
+    written = make_bank()
+    for name in "abc":
+        shared = {n: t for n, t in written.numbers["a"].items() if "lora_A" in n}
+        written.edit(name, lambda tensors, shared=shared: tensors.update(shared))
+    return written
 
 
 def scaling(bank, name, module):
@@ -152,6 +163,36 @@ def test_a_full_rank_is_cat_whatever_the_coefficients(real, tmp_path_factory, ro
         )
 
 
+@settings(max_examples=15)
+@given(st.permutations(sorted(REAL)), st.sampled_from(["cat", "svd"]))
+def test_the_order_of_members_does_not_matter(real, tmp_path_factory, order, method):
+    folder = tmp_path_factory.mktemp("order")
+    for place, name in enumerate(order):  # members are taken by name
+        shutil.copytree(real.folder / name, folder / "bank" / f"{place}")
+    bank, again = Bank(real.folder), Bank(folder / "bank")
+    weights = {f"{place}": COEFFICIENTS[name] for place, name in enumerate(order)}
+    options = Options(method=method, rank=3 if method == "svd" else None)
+    merge(bank, [job(bank, folder / "one")], options)
+    merge(again, [job(again, folder / "other", weights)], options)
+    (one, scale), (other, _) = result(folder / "one"), result(folder / "other")
+    for module in modules(bank):
+        want = delta(one, module, scale)
+        np.testing.assert_allclose(delta(other, module, scale), want, atol=1e-5 * abs(want).max())
+
+
+@settings(max_examples=15)
+@given(st.lists(st.floats(0.01, 1), min_size=3, max_size=3))
+def test_a_soup_of_a_shared_a_is_the_exact_sum(frozen, tmp_path_factory, row):
+    bank, folder = Bank(frozen.folder), tmp_path_factory.mktemp("frozen")
+    coefficients = np.array(row) / sum(row)
+    for method in ("soup", "cat"):
+        merge(bank, [Job(coefficients, folder / method)], Options(method=method))
+    (soup, scale), (cat, _) = result(folder / "soup"), result(folder / "cat")
+    for module in modules(bank):
+        want = delta(cat, module)
+        np.testing.assert_allclose(delta(soup, module, scale), want, atol=1e-5 * abs(want).max())
+
+
 def test_targets_of_one_pass_are_those_made_alone(real, tmp_path):
     bank = Bank(real.folder)
     other = {"plain": 1.0, "narrow": -2.0}
@@ -169,12 +210,8 @@ def test_targets_of_one_pass_are_those_made_alone(real, tmp_path):
 # Which method.
 
 
-def test_auto_sums_factors_of_members_that_share_a_frozen_a(make_bank, tmp_path):
-    written = make_bank()
-    for name in "abc":
-        frozen = {n: t for n, t in written.numbers["a"].items() if "lora_A" in n}
-        written.edit(name, lambda tensors, frozen=frozen: tensors.update(frozen))
-    bank = Bank(written.folder)
+def test_auto_sums_factors_of_members_that_share_a_frozen_a(frozen, tmp_path):
+    bank = Bank(frozen.folder)
     shared = [Job(np.array([0.2, 0.3, 0.5]), tmp_path / "out")]
     done = merge(bank, shared)
     assert (done.method, done.outcomes[0].rank) == ("soup", None)

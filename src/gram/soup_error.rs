@@ -74,7 +74,7 @@ pub fn soup_errors(terms: &Terms<'_>, options: &Options, watch: &Watch) -> Resul
     };
     let mean = joints.iter().map(work).sum::<usize>() / joints.len().max(1);
     let taken = (WORTH / mean.max(1)).max(FEWEST).min(joints.len());
-    let sample: Vec<&Joint> = (0..taken).map(|i| &joints[i * joints.len() / taken]).collect();
+    let sample: Vec<&Joint> = spread(taken, joints.len()).map(|i| &joints[i]).collect();
     let exact = taken == joints.len() && joints.iter().all(of_grams);
     // Of each module and expert, so that the sum does not depend on the threads.
     let squares = Mutex::new(vec![vec![]; taken]);
@@ -98,6 +98,17 @@ pub fn soup_errors(terms: &Terms<'_>, options: &Options, watch: &Watch) -> Resul
         }
     };
     Ok(SoupErrors { errors: (0..terms.targets()).map(error).collect(), exact })
+}
+
+/// So many different numbers below `of`, far from one another and from any period, such as that of
+/// the modules of a layer: multiples of a number near the golden section that is prime to `of`.
+fn spread(count: usize, of: usize) -> impl Iterator<Item = usize> {
+    fn divisor(a: usize, b: usize) -> usize {
+        if b == 0 { a } else { divisor(b, a % b) }
+    }
+    let golden = (of as f64 * 0.618) as usize;
+    let step = (golden..).find(|step| divisor(*step, of) == 1).unwrap_or(1);
+    (0..count).map(move |i| i * step % of)
 }
 
 fn gram_work(joint: &Joint, targets: usize) -> usize {
@@ -133,8 +144,9 @@ fn by_grams(
                 let products = of_rows.col(q).iter().zip(of_b.col(q).iter()).enumerate();
                 products.map(|(p, (x, b))| c(p) * f64::from(*x) * f64::from(*b)).sum::<f64>() * c(q)
             };
-            // Rounding may leave less than nothing of a zero.
-            (0..of_rows.ncols()).map(one).sum::<f64>().max(0.0)
+            let sum: f64 = (0..of_rows.ncols()).map(one).sum();
+            // Rounding may leave less than nothing of a zero; NaN stays.
+            if sum < 0.0 { 0.0 } else { sum }
         };
         let mut sum = vec![0.0; rank * columns];
         for (share, own) in joint.holders.iter().zip(a.chunks_exact(sum.len())) {
@@ -222,6 +234,21 @@ mod tests {
         let wanted = (difference / whole).sqrt();
         assert!((found[0] / wanted - 1.0).abs() < 1e-5, "{found:?} {wanted}");
         assert!(found[1] < 1e-6, "one adapter alone is its own soup: {found:?}");
+    }
+
+    #[test]
+    fn a_sample_has_every_module_once_and_all_kinds_of_a_layer() {
+        for of in 1..200 {
+            let mut all: Vec<usize> = spread(of, of).collect();
+            all.sort_unstable();
+            assert_eq!(all, (0..of).collect::<Vec<_>>());
+        }
+        for kinds in [2, 3, 4, 7] {
+            let mut found: Vec<usize> = spread(8, 32 * kinds).map(|i| i % kinds).collect();
+            found.sort_unstable();
+            found.dedup();
+            assert_eq!(found.len(), kinds);
+        }
     }
 
     #[test]

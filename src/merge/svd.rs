@@ -281,7 +281,7 @@ impl<'a> Svd<'a> {
 /// written, in bytes.
 fn lows_need(joint: &Joint, rank: usize, targets: usize) -> usize {
     let (a, b) = (joint.columns(), joint.outer);
-    4 * rank * (joint.module.experts - 1) * (targets * (a + b) + b)
+    4 * (joint.module.experts - 1) * (targets * rank.min(joint.ranks()) * (a + b) + rank * b)
 }
 
 fn is_exact(joint: &Joint, most: usize) -> bool {
