@@ -39,6 +39,8 @@ WIDTH = 64
 
 _FOLDS = 4
 _FEWEST = 4
+# For so many members coefficients of each module, which are there to be compared, take minutes.
+_FEW = 100
 # A function of one number needs no more; the pairs among them are what training takes time for.
 _TEACHERS = 64
 # A difference of means that chance makes in one of twenty cases.
@@ -92,7 +94,9 @@ def trials(
         found += [_scored(modules, [rows], settings, norms) for norms in ("unit", "none")]
     networks: dict[str, neural.Weights] = {}
     unit = closed_forms.unit_gram(modules)
-    of_modules = [closed_forms.unit_gram([gram]) for gram in modules]
+    of_modules = [
+        closed_forms.unit_gram([gram]) for gram in modules if len(modules) > 1 and n < _FEW
+    ]
     best = max(found, key=lambda one: float(one.cosine.mean())).settings.metric
     for metric in dict.fromkeys([metrics[0], best]):
         parts = metric.split(distance.SEPARATOR)
@@ -106,7 +110,7 @@ def trials(
                     settings,
                     [form(gram, _by_others(seen, gram), leave_one_out=True) for gram in grams],
                 )
-                for grams in ([unit], of_modules)[: len(modules)]  # of one they are the same
+                for grams in ([unit], *([of_modules] if of_modules else []))
             ]
         found += [_scored(modules, rows, settings, "unit") for settings, rows in learned]
     return found, networks
