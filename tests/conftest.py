@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import struct
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -135,6 +138,25 @@ def make_bank(tmp_path_factory):
         return Written(folder, numbers)
 
     return make_bank
+
+
+@pytest.fixture
+def as_nobody():
+    """Runs a program without the right to open what is closed, and answers what it prints."""
+
+    def as_nobody(program):
+        prefix = []
+        if os.name == "nt":
+            pytest.skip("Windows has no such modes")
+        if os.geteuid() == 0:
+            if shutil.which("setpriv") is None:
+                pytest.skip("root can open everything, and there is no setpriv to give that up")
+            rights = "-dac_override,-dac_read_search"
+            prefix = ["setpriv", f"--bounding-set={rights}", "--inh-caps=-all"]
+        command = [*prefix, sys.executable, "-c", program]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    return as_nobody
 
 
 @pytest.fixture

@@ -152,6 +152,53 @@ def test_a_broken_member_is_excused_until_it_is_asked_for(make_bank):
         bank.require(["a", "b"])
 
 
+def test_links_that_lead_nowhere_are_left_out(make_bank):
+    folder = make_bank().folder
+    (folder / "b" / "adapter_config.json").unlink()
+    (folder / "lost").symlink_to("nowhere")
+    (folder / "loop").symlink_to("loop")
+    (folder / ".#lock").symlink_to("somebody@somewhere")  # an editor's
+    (folder / "linked").symlink_to("a")
+    bank = Bank(folder)
+    assert bank.names == ["a", "c", "linked"]
+    assert list(bank.left_out) == ["b", "loop", "lost"]
+    for name in ("lost", "loop"):
+        assert str(bank.left_out[name]).startswith(f"`{folder / name}`: ")
+
+
+@pytest.mark.parametrize("mode", [0, 0o444])
+def test_folders_that_are_closed_are_left_out(make_bank, as_nobody, mode):
+    folder = make_bank().folder
+    (folder / "b").chmod(mode)
+    try:
+        found = as_nobody(
+            "from lorameta_rs import Bank\n"
+            f"bank = Bank({str(folder)!r})\n"
+            "print(bank.names, *bank.left_out, *bank.left_out.values())"
+        )
+    finally:
+        (folder / "b").chmod(0o755)
+    assert found.startswith("['a', 'c'] b ")
+    assert f"{folder / 'b'}" in found
+    assert "Permission denied" in found
+
+
+@pytest.mark.parametrize("mode", [0, 0o444])
+def test_a_bank_that_is_closed_is_named(make_bank, as_nobody, mode):
+    folder = make_bank().folder
+    folder.chmod(mode)
+    try:
+        found = as_nobody(
+            "from lorameta_rs import Bank\n"
+            f"try: Bank({str(folder)!r})\n"
+            "except OSError as error: print(error)"
+        )
+    finally:
+        folder.chmod(0o755)
+    assert found.startswith(f"`{folder}")
+    assert found.endswith("`: Permission denied\n")
+
+
 def test_no_member_can_be_used(make_bank):
     written = make_bank()
     for name in "abc":
@@ -278,6 +325,13 @@ def test_faults_of_the_settings_are_named(bases, text, said):
     (bases / "bank.toml").write_bytes(text.encode("latin-1"))
     with pytest.raises(InvalidBank, match=rf"bank\.toml`: {said}"):
         Bank(bases)
+
+
+def test_settings_that_an_editor_of_windows_wrote(make_bank):
+    folder = make_bank().folder
+    (folder / "bank.toml").write_bytes(b'\xef\xbb\xbf[bank]\ntokenizer = "nope.json"\n')
+    with pytest.raises(MissingFile, match=r"nope.json`: .* which `bank.toml` names"):
+        _ = Bank(folder).tokenizer
 
 
 def test_a_dataset_that_is_not_where_it_is_said_to_be(make_bank):

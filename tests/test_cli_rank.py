@@ -319,3 +319,12 @@ def test_names_that_the_output_cannot_hold_are_escaped(make_bank, dataset):
     done = process("rank", bank, dataset, env={**os.environ, "PYTHONIOENCODING": "latin-1"})
     assert done.returncode == 0
     assert "\\u96ea\t" in done.stdout
+
+
+def test_a_dataset_that_is_closed_is_status_1(bank, dataset, as_nobody):
+    dataset.chmod(0)
+    found = as_nobody(
+        "import sys; sys.stderr = sys.stdout\nfrom lorameta_rs.cli import run\n"
+        f"print(run(['rank', {str(bank)!r}, {str(dataset)!r}]))"
+    )
+    assert found.endswith(f"error: `{dataset}`: Permission denied\n1\n")

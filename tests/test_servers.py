@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import ATTENTION, Adapter
 
 from lorameta_rs.member import open_members
-from lorameta_rs.servers import breaches, vllm_rank
+from lorameta_rs.servers import RULES, breaches, vllm_rank
 
 FULL = {
     f"model.layers.{layer}.self_attn.{name}": (24, 24)
@@ -56,6 +58,15 @@ def test_what_breaks_a_rule_is_said(tmp_path, changes, expected):
     assert len(found) == len(expected)
     for text, begin in zip(found, expected, strict=True):
         assert text.startswith(begin)
+
+
+def test_the_time_grows_as_the_modules_do():
+    """Each block of its own kind: comparing all with all would take minutes."""
+    modules = [SimpleNamespace(name=f"layers.{i}.block{i}.q_proj") for i in range(30_000)]
+    begun = time.process_time()
+    every_layer = next(rule for rule in RULES if rule.breach.__name__ == "_every_layer")
+    assert every_layer.of(SimpleNamespace(modules=modules)) is None
+    assert time.process_time() - begun < 5
 
 
 def test_an_embedding_is_named(golden):

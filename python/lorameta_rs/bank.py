@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import stat
 from collections import Counter
 from copy import copy
 from functools import cached_property
@@ -20,6 +21,7 @@ from lorameta_rs.errors import (
     LayoutMismatch,
     LoraMetaError,
     MissingFile,
+    UnreadableFile,
 )
 from lorameta_rs.formats.base import heads_in
 from lorameta_rs.member import GGUF, MLX_WEIGHTS, PICKLE, WEIGHTS, Member, open_members
@@ -135,15 +137,20 @@ class Bank:
             MissingFile: The bank has none.
         """
         if not self.has_tokenizer:
-            hint = "copy the base model's `tokenizer.json` there"
-            path = str(self._tokenizer_path)
-            raise MissingFile(2, f"the bank has no tokenizer; {hint}", path)
+            named = self._settings.tokenizer is not None
+            reason = (
+                "there is no such tokenizer, which `bank.toml` names"
+                if named
+                else "the bank has no tokenizer; copy the base model's `tokenizer.json` there"
+            )
+            raise MissingFile(2, reason, str(self._tokenizer_path))
         return Tokenizer(self._tokenizer_path)
 
     @property
     def has_tokenizer(self) -> bool:
         """Whether there is a tokenizer; a bank whose fingerprints are all there needs none."""
-        return self._tokenizer_path.exists()
+        with files.refusals(self._tokenizer_path):
+            return self._tokenizer_path.exists()
 
     @property
     def _tokenizer_path(self) -> Path:
@@ -299,12 +306,16 @@ class Bank:
 
     def _is_generated(self, folder: Path) -> bool:
         """Whether a merge has made it, and nobody gave it what a member has."""
-        return (
-            (folder / PROVENANCE).exists()
-            and folder.name not in self._settings.datasets
-            and self._kept.file(folder.name) is None
-            and dataset.find(folder) is None
-        )
+        try:
+            with files.refusals(folder):
+                return (
+                    (folder / PROVENANCE).exists()
+                    and folder.name not in self._settings.datasets
+                    and self._kept.file(folder.name) is None
+                    and dataset.find(folder) is None
+                )
+        except UnreadableFile:  # who opens it says why
+            return False
 
     def _base_model(self, asked: str | None) -> str | None:
         """The base model that members have to be for, None for any."""
@@ -379,17 +390,19 @@ def member_folders(bank: Path) -> list[Path]:
     """The folders of a bank that hold, or seem to be meant to hold, an adapter."""
     with files.refusals(bank):
         entries = sorted(bank.iterdir(), key=lambda path: path.name)
-    return [entry for entry in entries if entry.is_dir() and _is_member(entry)]
+    return [entry for entry in entries if _is_member(entry)]
 
 
 def _is_member(folder: Path) -> bool:
     known = (FILE_NAME, WEIGHTS, PICKLE, MLX_WEIGHTS, FINGERPRINT)
     try:
+        if not stat.S_ISDIR(folder.stat().st_mode):
+            return False
         present = {entry.name for entry in folder.iterdir()}
         known_files = not present.isdisjoint(known) or any(n.endswith(GGUF) for n in present)
         return known_files or dataset.find(folder) is not None
-    except (OSError, LoraMetaError):
-        return False
+    except OSError:  # a folder that is closed, or a link that leads nowhere: who opens it says so
+        return not folder.name.startswith(".")
 
 
 def _several(names: Sequence[str] | str) -> tuple[str, ...]:

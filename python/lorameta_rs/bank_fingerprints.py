@@ -6,6 +6,7 @@ from collections import Counter
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from lorameta_rs import files
 from lorameta_rs.errors import LoraMetaError
 from lorameta_rs.fingerprint import Fingerprint, Fingerprints, load_all
 
@@ -35,15 +36,16 @@ class BankFingerprints:
     def file(self, name: str) -> Path | None:
         """The file to be read: one published beside its adapter serves until there is another."""
         for path in (self.path(name), self._bank.folder / name / FILE_NAME):
-            if path.exists():
-                return path
+            with files.refusals(path):
+                if path.exists():
+                    return path
         return None
 
     @cached_property
     def loaded(self) -> dict[str, Fingerprint]:
         """The fingerprints that can be read, by name; what is wrong with others is noted."""
-        files = {name: path for name in self._bank.names if (path := self.file(name)) is not None}
-        loaded, faults = load_all(files)
+        paths = {name: path for name in self._bank.names if (path := self.file(name)) is not None}
+        loaded, faults = load_all(paths)
         self._bank.notes += [f"`{name}`: {error}" for name, error in faults.items()]
         return loaded
 

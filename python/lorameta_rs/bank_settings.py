@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lorameta_rs import files
-from lorameta_rs.errors import InvalidBank
+from lorameta_rs.errors import InvalidBank, MissingFile
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -42,14 +42,15 @@ class BankSettings:
             InvalidBank: The file is not TOML, or holds something else.
         """
         path = folder / FILE_NAME
-        if not path.exists():
-            with files.refusals(folder):
-                folder.stat()
-            return cls()
-        with files.reading(path) as file:
-            text = file.read(_LARGEST)
+        with files.refusals(folder):
+            folder.stat()
         try:
-            found = tomllib.loads(text.decode())
+            with files.reading(path) as file:
+                text = file.read(_LARGEST)
+        except MissingFile:
+            return cls()
+        try:
+            found = tomllib.loads(text.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
             raise InvalidBank(f"`{path}`: not TOML: {error}") from error
         bank, datasets, families = (found.pop(name, {}) for name in ("bank", *_OF_MEMBERS))

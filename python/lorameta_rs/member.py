@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
-from lorameta_rs import _core
+from lorameta_rs import _core, files
 from lorameta_rs.config import FILE_NAME, AdapterConfig
 from lorameta_rs.errors import InvalidAdapter, LoraMetaError
 
@@ -102,14 +102,14 @@ def _files(
 ) -> tuple[Path, AdapterConfig | None] | LoraMetaError:
     """The weights of a folder, and their configuration where it is a file; or what is wrong."""
     try:
-        if os.path.lexists(folder / WEIGHTS):
+        with files.refusals(folder):
+            present = sorted(path.name for path in folder.iterdir())
+        if WEIGHTS in present:
             return folder / WEIGHTS, AdapterConfig.load(folder, drop_unsupported, dora)
-        if (folder / GGUF_WEIGHTS).exists():
-            return folder / GGUF_WEIGHTS, None
-        others = sorted(folder.glob(f"*{GGUF}")) if folder.is_dir() else []
-        if len(others) == 1:
-            return others[0], None
-        raise InvalidAdapter(_without_weights(folder))
+        others = [name for name in present if name.endswith(GGUF)]
+        if GGUF_WEIGHTS in others or len(others) == 1:
+            return folder / (GGUF_WEIGHTS if GGUF_WEIGHTS in others else others[0]), None
+        raise InvalidAdapter(_without_weights(folder, present))
     except LoraMetaError as error:
         return error
 
@@ -148,23 +148,24 @@ def _with_experts(config: AdapterConfig, adapter: _core.Adapter) -> _core.Adapte
     )
 
 
-def _without_weights(folder: Path) -> str:
-    if (folder / PICKLE).exists():
+def _without_weights(folder: Path, present: Sequence[str]) -> str:
+    if PICKLE in present:
         return (
             f"`{folder}` holds only `{PICKLE}`, a pickle, which is never opened because it can run "
             f"any code\nsave the adapter again with PEFT, which writes `{WEIGHTS}`"
         )
-    if (folder / MLX_WEIGHTS).exists():
+    if MLX_WEIGHTS in present:
         hint = "`lorameta-rs convert` makes a PEFT adapter of it"
         return f"`{folder}` is an MLX adapter (`{MLX_WEIGHTS}`)\n{hint}"
-    others = sorted(path.name for path in folder.glob(f"*{GGUF}")) if folder.is_dir() else []
-    if others:
+    if others := [name for name in present if name.endswith(GGUF)]:
         names = ", ".join(f"`{name}`" for name in others[:3])
         return (
             f"`{folder}` holds {len(others)} GGUF files ({names}{', …' * (len(others) > 3)})\n"
             f"an adapter's folder holds one, or calls it `{GGUF_WEIGHTS}`"
         )
-    return f"`{folder}` has no adapter: `{WEIGHTS}` is missing"
+    return (
+        f"`{folder}` has no adapter: `{WEIGHTS}` is missing\nput it there, or move the folder away"
+    )
 
 
 def _disagreement(member: Member) -> InvalidAdapter | None:

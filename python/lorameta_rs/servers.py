@@ -90,9 +90,10 @@ def _stacked(member: Member) -> str | None:
 
 
 def _every_layer(member: Member) -> str | None:
-    blocks = _blocks(member)
-    for kind in {block.rpartition(".")[2] for block in blocks}:
-        alike = {block: names for block, names in blocks.items() if block.endswith(f".{kind}")}
+    kinds: dict[str, dict[str, set[str]]] = {}
+    for block, names in _blocks(member).items():
+        kinds.setdefault(block.rpartition(".")[2], {})[block] = names
+    for alike in kinds.values():
         everywhere = set().union(*alike.values())
         for block, names in alike.items():
             if lacking := sorted(everywhere - names):

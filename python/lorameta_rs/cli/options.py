@@ -31,7 +31,8 @@ FORMATS = ("peft", "gguf", "mlx")
 PROTOCOLS = ("loo", "lofo")
 CONVERTED = ("f32", "f16", "bf16", "q8_0")
 
-PATH = click.Path(path_type=Path)
+# Whether it can be read is the library's to say, with status 1.
+PATH = click.Path(path_type=Path, readable=False)
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 threads = click.option(
