@@ -27,3 +27,11 @@ def test_ctrl_c_while_modules_are_imported(module):
     command = [sys.executable, "-c", PROGRAM.format(module=module)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "", "interrupted")
+
+
+def test_little_is_imported_before_ctrl_c_is_heard():
+    program = "import sys; before = set(sys.modules)\nimport lorameta_rs.__main__\n"
+    program += "print(*sorted(set(sys.modules) - before - {'__future__'}))"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["lorameta_rs", "lorameta_rs.__main__"]

@@ -12,9 +12,8 @@ or, in one call, `generate("adapters/", "questions.jsonl", "predicted/")`.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING
-
+# Of `typing`, whose import takes long enough for a Ctrl-C that nobody could catch.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from lorameta_rs.bank import Bank as Bank
     from lorameta_rs.coefficients import attentional as attentional
@@ -62,6 +61,8 @@ __all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> object:
+    from importlib import import_module
+
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
