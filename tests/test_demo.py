@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from importlib.resources import as_file, files
@@ -90,4 +91,18 @@ def test_a_folder_that_exists_is_left_alone(tmp_path, capsys):
     assert capsys.readouterr().err == f"error: `{tmp_path}` exists\nchoose another folder\n"
     with pytest.raises(OutputExists):
         copy_out(tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such limit")
+def test_a_full_disk_is_said_once(tmp_path, capsys):
+    import resource
+
+    _, most = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, most))
+    try:
+        assert run(["demo", str(tmp_path / "demo")]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert capsys.readouterr().err == f"error: `{tmp_path / 'demo'}`: File too large\n"
     assert not any(tmp_path.iterdir())

@@ -328,6 +328,16 @@ def test_hashes_are_those_of_the_files(folder):
     assert hash_adapters(bank) == 0
 
 
+def test_an_index_that_cannot_be_written_may_lie_elsewhere(folder, monkeypatch):
+    def refused(path, content):
+        raise UnreadableFile(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(files, "write_whole", refused)
+    with pytest.raises(UnreadableFile, match="--fingerprints DIR") as caught:
+        hash_adapters(Bank(folder))
+    assert caught.value.filename == str(folder / "index.json")
+
+
 def test_hashes_are_made_again_for_files_that_changed(folder):
     hash_adapters(Bank(folder))
     path = folder / "b" / "adapter_model.safetensors"

@@ -175,6 +175,17 @@ def test_a_parent_that_is_a_file(make_bank, tmp_path):
 
 
 @posix
+def test_names_of_any_length_that_a_file_may_have(make_bank, tmp_path):
+    bank = Bank(make_bank().folder)
+    for name in ("n" * 255, "é" * 127):
+        assert (bank.merge(np.ones(3), tmp_path / name) / WEIGHTS).exists()
+    with pytest.raises(UnreadableFile, match="too long") as caught:
+        bank.merge(np.ones(3), tmp_path / ("n" * 256))
+    assert caught.value.filename == str(tmp_path / ("n" * 256))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@posix
 @pytest.mark.parametrize("room", [0, 100, 4096, 20_000])
 def test_a_full_disk(make_bank, tmp_path, room):
     """The limit on the size of files stands for the disk: the system refuses in the same place."""

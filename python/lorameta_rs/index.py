@@ -84,9 +84,13 @@ class Index:
         """Write it; errors as `files.write_whole`."""
         adapters = {name: vars(record) for name, record in sorted(self.adapters.items())}
         content = {"format": FORMAT, "adapters": adapters, "nearest": self.nearest}
-        with files.refusals(self.path.parent):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_whole(self.path, (json.dumps(content, indent=1) + "\n").encode())
+        try:
+            with files.refusals(self.path.parent):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            files.write_whole(self.path, (json.dumps(content, indent=1) + "\n").encode())
+        except UnreadableFile as error:
+            hint = "keep it elsewhere with --fingerprints DIR"
+            raise type(error)(error.errno, f"{error.strerror}\n{hint}", error.filename) from error
 
     def norms(self, member: Member) -> list[float] | None:
         """The recorded norms of a member's modules, as `sha256` of its hash."""

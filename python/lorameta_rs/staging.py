@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -9,7 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from lorameta_rs import files
-from lorameta_rs.errors import InvalidSetting, OutputExists
+from lorameta_rs.errors import InvalidSetting, OutputExists, UnreadableFile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -29,7 +30,7 @@ def staged(
 
     Raises:
         OutputExists, InvalidSetting: As `check`.
-        UnreadableFile: A folder cannot be made.
+        UnreadableFile: A folder cannot be made, or its name is too long.
     """
     check(outs, owned, force)
     stages = [_beside(out) for out in outs]
@@ -64,6 +65,7 @@ def check(outs: Sequence[Path], owned: Sequence[str] = (), force: bool = False) 
     Raises:
         OutputExists: A folder exists, and is not to be or must not be replaced.
         InvalidSetting: Two outputs are the same folder.
+        UnreadableFile: Whether one exists cannot be told.
     """
     if len({os.path.realpath(out) for out in outs}) < len(outs):
         raise InvalidSetting("two outputs have the same path; give each dataset its own folder")
@@ -72,8 +74,13 @@ def check(outs: Sequence[Path], owned: Sequence[str] = (), force: bool = False) 
 
 
 def _check(out: Path, owned: Sequence[str], force: bool) -> None:
-    if not os.path.lexists(out):
-        return
+    try:
+        with files.refusals(out):
+            out.lstat()
+    except UnreadableFile as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):  # of the latter, making it says more
+            return
+        raise
     if not force:
         replaced = "replace it with --force (`force=True`), or " if owned else ""
         raise OutputExists(f"`{out}` exists\n{replaced}choose another folder")
@@ -95,7 +102,8 @@ def _check(out: Path, owned: Sequence[str], force: bool) -> None:
 
 
 def _beside(out: Path) -> Path:
-    return out.absolute().with_name(f".{out.absolute().name}.{secrets.token_hex(4)}")
+    # A name of any length that a file may have leaves room for what is added: 60 are 240 bytes.
+    return out.absolute().with_name(f".{out.absolute().name[:60]}.{secrets.token_hex(4)}")
 
 
 def _place(stages: Sequence[Path], outs: Sequence[Path]) -> None:

@@ -39,6 +39,12 @@ def copy_out(folder: Path) -> Demo:
         staged([folder]) as (stage,),
         refusals(folder),
     ):
-        shutil.copytree(data / "bank", stage / "bank", copy_function=shutil.copyfile)
-        shutil.copyfile(data / "new.jsonl", stage / "new.jsonl")
+        bank = data / "bank"
+        # `copytree` goes on past a full disk, and says so of every file at the end.
+        for path in (bank, *sorted(bank.rglob("*")), data / "new.jsonl"):
+            place = stage / path.relative_to(data)
+            if path.is_dir():
+                place.mkdir()
+            else:
+                shutil.copyfile(path, place)
     return Demo(folder / "bank", folder / "new.jsonl")
