@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -185,3 +186,12 @@ def lorameta(capsys):
 def golden():
     """The folder of the test vectors."""
     return GOLDEN
+
+
+def screen(reader):
+    """What was written to a terminal whose programs have ended."""
+    written = b""
+    with contextlib.suppress(OSError), os.fdopen(reader, "rb", buffering=0) as file:
+        while piece := file.read(65536):
+            written += piece
+    return written.decode()

@@ -14,6 +14,7 @@ import time
 import numpy as np
 import pytest
 import safetensors.numpy
+from conftest import screen
 
 from lorameta_rs import Bank, token_distribution
 
@@ -143,6 +144,10 @@ def test_weights_are_taken_as_they_are(written, tmp_path, out, lorameta):
         (['{"hamlet": "1"}'], "the weight of `hamlet` is not a number"),
         (['{"hamlet": true}'], "the weight of `hamlet` is not a number"),
         (['{"hamlet": 1' + "0" * 5000 + "}"], "not a finite number"),
+        (["n" * 300 + "=1"], f"weight of `{'n' * 300}`: the bank has no such member"),
+        (["a\0b=1"], "the bank has no such member"),
+        (['{"modules": ["("], "weights": {"hamlet": [1]}}'], "w.json`: the pattern `(` is not a"),
+        (['{"modules": ["9"], "weights": {"hamlet": [1]}}'], "w.json`: no module of the bank ma"),
     ],
     ids=lambda value: value[0][:20] if isinstance(value, list) else "",
 )
@@ -368,3 +373,18 @@ def test_ctrl_c_leaves_nothing(large_bank, tmp_path):
     assert process.returncode == 130
     assert err.decode().split() == ["interrupted"]
     assert list(tmp_path.iterdir()) == [weights]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such terminals")
+def test_a_terminal_gets_the_progress(bank, dataset, out):
+    import pty
+
+    reader, terminal = pty.openpty()
+    command = [sys.executable, "-m", "lorameta_rs", "merge", bank, dataset, "-o", out]
+    done = subprocess.run(command, check=False, stdout=subprocess.DEVNULL, stderr=terminal)
+    os.close(terminal)
+    text = screen(reader)
+    assert done.returncode == 0
+    for what in ("counting tokens", "counting the new tokens: 1", "merging"):
+        assert what in text
+    assert f"wrote {out}" in text

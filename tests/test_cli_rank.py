@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import subprocess
@@ -10,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import screen
 
 from lorameta_rs import Bank, token_distribution
 
@@ -257,15 +257,6 @@ def test_a_malformed_dataset_is_read_or_named(bank, lorameta, path):
     status, out, err = lorameta("rank", bank, path)
     assert (status, bool(out)) in ((0, True), (1, False))
     assert status == 0 or f"error: `{path}`" in err
-
-
-def screen(reader):
-    """What was written to a terminal whose programs have ended."""
-    written = b""
-    with contextlib.suppress(OSError), os.fdopen(reader, "rb", buffering=0) as file:
-        while piece := file.read(65536):
-            written += piece
-    return written.decode()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such terminals")

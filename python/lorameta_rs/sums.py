@@ -138,11 +138,19 @@ def _per_module(job: Job, row: Floats, member: Member) -> list[float]:
     """A member's coefficient, or those of its modules; 0 for one that no pattern matches."""
     if not job.modules:
         return [float(row[0])]
-    names = [module.name for module in member.modules]
-    # A number is a layer: the part of a module's path that counts.
-    patterns = [rf"{key}\..*" if key.isdigit() else key for key in job.modules]
-    found = _core.first_match(patterns, names)
+    found = first_match(job.modules, [module.name for module in member.modules])
     return [0.0 if match is None else float(row[match]) for match in found]
+
+
+def first_match(modules: Sequence[str], names: Sequence[str]) -> list[int | None]:
+    """For each module's name which of `Job.modules` counts; None where none matches.
+
+    Raises:
+        InvalidAdapter: One is no regular expression.
+    """
+    # A number is a layer: the part of a module's path that counts.
+    patterns = [rf"{key}\..*" if key.isdigit() else key for key in modules]
+    return _core.first_match(patterns, names)
 
 
 def _method(

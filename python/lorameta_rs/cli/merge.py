@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -328,11 +329,30 @@ def _weighted(
     console.report(opened)
     if not modules:
         return opened, [Job(explicit(opened.names, {n: c for n, (c,) in given.items()}), out)]
+    _check_modules(weights[0], modules, opened)
     columns = [
         explicit(opened.names, {name: row[i] for name, row in given.items()}, all_zero=True)
         for i in range(len(modules))
     ]
     return opened, [Job(np.stack(columns, axis=1), out, modules=modules)]
+
+
+def _check_modules(file: str, modules: Sequence[str], bank: Bank) -> None:
+    """See that each of the modules that a weights file names is one of the bank."""
+    from lorameta_rs.errors import InvalidAdapter, InvalidSetting
+    from lorameta_rs.rows import excerpt
+    from lorameta_rs.sums import first_match
+
+    names = sorted({module.name for member in bank.members for module in member.modules})
+    for key in modules:
+        try:
+            found = first_match([key], names)
+        except InvalidAdapter as error:
+            raise InvalidSetting(f"`{file}`: {error}") from error
+        if all(match is None for match in found):
+            raise InvalidSetting(
+                f"`{file}`: no module of the bank matches `{excerpt(key)}`; one is `{names[0]}`"
+            )
 
 
 def _repeated(
@@ -405,7 +425,7 @@ def _read_weights(given: Sequence[str]) -> tuple[dict[str, list[float]], tuple[s
     modules: tuple[str, ...] = ()
     for word in given:
         name, equals, number = word.rpartition("=")
-        by_hand = equals and not Path(word).exists()
+        by_hand = equals and not os.path.exists(word)  # noqa: PTH110, no name is too long for it
         found: object = {name: _number(number)} if by_hand else _weights_file(word)
         match found:
             case {"modules": [*patterns], "weights": dict(rows)} if len(given) == 1 and all(
