@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 import urllib.error
 import urllib.request
 
 import numpy as np
+import psutil
 import pytest
 from safetensors.numpy import load_file
 
@@ -93,3 +99,29 @@ def test_it_is_gone_after_the_block(gguf, capfd):
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(f"{address}/health", timeout=5)
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends Ctrl-C to whole consoles")
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
+def test_it_listens_here_alone_and_is_gone_however_the_command_ends(gguf, ending):
+    command = [sys.executable, "-m", "lorameta_rs", "try", gguf / "base.gguf"]
+    command += [gguf / "a_r8.global.gguf", "--prompt", "x", "--most-tokens", "1000000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    own = psutil.Process(process.pid)
+    listening = []
+    while process.poll() is None and not listening:
+        time.sleep(0.01)
+        children = own.children(recursive=True)
+        listening = [
+            place.laddr.ip
+            for child in children
+            for place in child.net_connections()
+            if place.status == psutil.CONN_LISTEN
+        ]
+    assert set(listening) == {"127.0.0.1"}, process.communicate()
+    process.send_signal(ending)
+    _, err = process.communicate(timeout=30)
+    if ending == signal.SIGINT:
+        assert (process.returncode, err.decode().split()) == (130, ["interrupted"])
+    _, left = psutil.wait_procs(children, timeout=30)
+    assert left == []

@@ -14,9 +14,10 @@ from lorameta_rs.cache import Cache
 from lorameta_rs.dataset import Example, examples
 from lorameta_rs.errors import InvalidDataset
 from lorameta_rs.formats.base import Base
-from lorameta_rs.formats.conversion import write_gguf
+from lorameta_rs.formats.conversion import write, write_gguf
 from lorameta_rs.formats.opening import open_adapters
 from lorameta_rs.llama import Llama
+from lorameta_rs.member import WEIGHTS
 from lorameta_rs.merge import Options
 from lorameta_rs.scores import MEASURES, interval, scores
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lorameta_rs._metrics import Floats
+    from lorameta_rs.hf import HuggingFace
+    from lorameta_rs.member import Member
     from lorameta_rs.tokenizer import Tokenizer
 
 BASE = "(base)"
@@ -117,7 +120,7 @@ def evaluate(
     """Score a base model and each of some adapters on the same rows.
 
     Args:
-        base: The model, a GGUF file.
+        base: The model, a GGUF file, or a folder of Hugging Face's.
         adapters: PEFT folders, GGUF files, or others that `open_adapters` knows.
         rows: The questions and their answers.
         folder: Where adapters are put that have to be converted.
@@ -130,7 +133,7 @@ def evaluate(
         That of the base first, then of the adapters in their order.
 
     Raises:
-        LoraMetaError: As `Llama`, `open_adapters` and `scores.scores`.
+        LoraMetaError: As `Llama`, `HuggingFace`, `open_adapters` and `scores.scores`.
     """
     said, lengths = answers(
         base,
@@ -166,14 +169,15 @@ def answers(
         The answers of the base, then those of each adapter; and the prompts' lengths in tokens.
         Arguments and errors are those of `evaluate`.
     """
-    paths = as_gguf(adapters, base, folder)
-    hashes = ["", *(files.sha256(path) for path in paths)]
-    kept = Cache(cache, "answers", "" if cache is None else files.sha256(base), most_tokens)
+    as_loaded = as_peft if base.is_dir() else as_gguf
+    paths = as_loaded(adapters, base, folder)
+    hashes = ["", *(_sha256(path) for path in paths)]
+    kept = Cache(cache, "answers", "" if cache is None else _sha256(base), most_tokens)
     count = len(rows.prompts)
     found: list[list[str]] = []
-    with Llama(base, paths, context=_context(rows, most_tokens), threads=threads) as llama:
+    with _model(base, paths, _context(rows, most_tokens), threads) as model:
         lengths = [
-            len(prompt if isinstance(prompt, list) else llama.tokens(prompt))
+            len(prompt if isinstance(prompt, list) else model.tokens(prompt))
             for prompt in rows.prompts
         ]
         for number, sha256 in enumerate(hashes):
@@ -183,7 +187,7 @@ def answers(
                 prompts = rows.prompts[start : start + _CHUNK]
                 said = kept.load(len(prompts), sha256, prompts)
                 if said is None:
-                    said = _answers(llama, prompts, scales, most_tokens, rows.tokenizer)
+                    said = _answers(model, prompts, scales, most_tokens, rows.tokenizer)
                     kept.keep(said, sha256, prompts)
                 own += said
                 if progress is not None:
@@ -204,22 +208,61 @@ def as_gguf(adapters: Sequence[Path], base: Path, folder: Path) -> list[Path]:
         if path.is_file() and path.suffix == ".gguf":
             made.append(path)
             continue
-        (member, *others) = open_adapters(path, shape)
-        if others:
-            raise InvalidDataset(f"`{path}` holds adapters of several models: convert it first")
         made.append(folder / f"{number}.gguf")
-        write_gguf(member, made[-1], shape, "float32", Options())
+        write_gguf(_only(path, shape), made[-1], shape, "float32", Options())
     return made
 
 
+def as_peft(adapters: Sequence[Path], base: Path, folder: Path) -> list[Path]:
+    """The folders that PEFT loads for some adapters, in `folder` if they have to be made.
+
+    Raises:
+        LoraMetaError: As `open_adapters` and `write`.
+    """
+    made = []
+    for number, path in enumerate(adapters):
+        if (path / WEIGHTS).is_file():
+            made.append(path)
+            continue
+        member = _only(path, None if path.is_dir() else Base.load(base))
+        made.append(folder / str(number))
+        made[-1].mkdir()
+        write(member, made[-1], "peft", "float32", None, Options())
+    return made
+
+
+def _only(path: Path, base: Base | None) -> Member:
+    (member, *others) = open_adapters(path, base)
+    if others:
+        raise InvalidDataset(f"`{path}` holds adapters of several models: convert it first")
+    return member
+
+
+def _model(base: Path, adapters: Sequence[Path], context: int, threads: int) -> Llama | HuggingFace:
+    """What runs a base of this kind."""
+    if not base.is_dir():
+        return Llama(base, adapters, context=context, threads=threads)
+    from lorameta_rs.hf import HuggingFace
+
+    return HuggingFace(base, adapters, threads=threads)
+
+
+def _sha256(path: Path) -> str:
+    """That of a file, or those of a folder's settings and tensors."""
+    if not path.is_dir():
+        return files.sha256(path)
+    parts = [one for one in sorted(path.iterdir()) if one.suffix in (".json", ".safetensors")]
+    return " ".join(files.sha256(one) for one in parts)
+
+
 def _answers(
-    llama: Llama,
+    model: Llama | HuggingFace,
     prompts: Sequence[str] | Sequence[list[int]],
     scales: Sequence[float],
     most_tokens: int,
     tokenizer: Tokenizer | None,
 ) -> list[str]:
-    said = llama.answers(list(prompts), scales, most_tokens)
+    said = model.answers(list(prompts), scales, most_tokens)
     if tokenizer is None:
         return [text for text, _ in said]
     return tokenizer.decode([ids for _, ids in said])

@@ -12,7 +12,7 @@ from lorameta_rs.cli import console, options
 
 
 @click.command("try")
-@click.argument("base", metavar="BASE.gguf", type=options.PATH)
+@click.argument("base", metavar="BASE", type=options.PATH)
 @click.argument("adapters", metavar="ADAPTER...", type=options.PATH, nargs=-1, required=True)
 @click.option("--prompt", multiple=True, help="What to ask; may be repeated.")
 @click.option("--dataset", type=options.PATH, help="Or take the questions of a dataset.")
@@ -35,7 +35,8 @@ def attempt(
 ) -> None:
     """Show what a base model answers, with and without adapters.
 
-    The answers stand side by side; of a dataset's questions the right one too.
+    BASE is a GGUF file, run by llama.cpp, or a Hugging Face folder (extra `hf`). The answers stand
+    side by side; of a dataset's questions the right one too.
     """
     from lorameta_rs.evaluate import Rows, answers
     from lorameta_rs.tokenizer import Tokenizer

@@ -17,7 +17,7 @@ HEADERS = ("adapter", "Rouge-L", "95 %", "Rouge-Lsum", "exact", "contains")
 
 
 @click.command()
-@click.argument("base", metavar="BASE.gguf", type=options.PATH)
+@click.argument("base", metavar="BASE", type=options.PATH)
 @click.argument("adapters", metavar="[ADAPTER]...", type=options.PATH, nargs=-1)
 @click.option("--dataset", type=options.PATH, required=True, help="Questions with their answers.")
 @options.columns("the dataset")
@@ -43,8 +43,9 @@ def evaluate(
 ) -> None:
     """Score what a base model answers, alone and with each adapter.
 
-    BASE.gguf runs in llama.cpp, ADAPTER is a PEFT folder or a GGUF file. Answers are compared with
-    those of the dataset by Rouge, and for being, or containing, the same text.
+    BASE is a GGUF file, run by llama.cpp, or a Hugging Face folder (extra `hf`); ADAPTER is a PEFT
+    folder or a GGUF file. Answers are compared with those of the dataset by Rouge, and for being,
+    or containing, the same text.
     """
     from lorameta_rs.evaluate import Rows, evaluate
     from lorameta_rs.tokenizer import Tokenizer

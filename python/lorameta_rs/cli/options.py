@@ -47,7 +47,7 @@ tokenizer = click.option(
     "--tokenizer",
     type=PATH,
     metavar="FILE",
-    help="The base model's tokenizer.json; without it, that of the GGUF file is used.",
+    help="The base model's tokenizer.json; without it, the base's own is used.",
 )
 most_tokens = click.option(
     "--most-tokens",
