@@ -68,15 +68,7 @@ pub fn convert(
     watch: &Watch,
 ) -> Result<()> {
     adapter.plain("another format")?;
-    let modules = adapter.layout.modules.len();
-    let strengths = conversion.strengths;
-    if strengths.len() != modules || !strengths.iter().all(|s| (*s as f32).is_finite()) {
-        return setting(format!("expected {modules} finite strengths, one for each module"));
-    }
-    if conversion.dtype == Dtype::Q8_0 && conversion.container != Container::Gguf {
-        let name = conversion.container.name();
-        return setting(format!("dtype is q8_0, which is for gguf alone, not for {name}"));
-    }
+    check_conversion(adapter, conversion)?;
     let joints = joint_modules(&[adapter])?;
     let outputs = outputs(&joints, conversion)?;
     let need = outputs.iter().map(Output::need).max().unwrap_or(0);
@@ -87,12 +79,29 @@ pub fn convert(
         let output = &outputs[index];
         let strength = match output.factor {
             Factor::A => 1.0,
-            Factor::B => strengths[output.joint.holders[0].module] as f32,
+            Factor::B => conversion.strengths[output.joint.holders[0].module] as f32,
         };
         output.copy(&reader, &writer, index, strength, options.allow_nan, buffers)
     })?;
     reader.still_unchanged()?;
     writer.finish()
+}
+
+/// See that the format can express `adapter`, before there is work to lose.
+///
+/// # Errors
+/// As `convert`, of modules and settings.
+pub fn check_conversion(adapter: &Adapter, conversion: &Conversion<'_>) -> Result<()> {
+    let modules = adapter.layout.modules.len();
+    let strengths = conversion.strengths;
+    if strengths.len() != modules || !strengths.iter().all(|s| (*s as f32).is_finite()) {
+        return setting(format!("expected {modules} finite strengths, one for each module"));
+    }
+    if conversion.dtype == Dtype::Q8_0 && conversion.container != Container::Gguf {
+        let name = conversion.container.name();
+        return setting(format!("dtype is q8_0, which is for gguf alone, not for {name}"));
+    }
+    outputs(&joint_modules(&[adapter])?, conversion).map(drop)
 }
 
 fn setting<T>(reason: String) -> Result<T> {

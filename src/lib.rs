@@ -44,7 +44,7 @@ pub use adapter::Adapter;
 pub use base::Base;
 pub use blocks::{Options, Plan};
 pub use container::{Container, Heads, Opening, file_tensors, gguf_metadata};
-pub use convert::{Conversion, convert};
+pub use convert::{Conversion, check_conversion, convert};
 pub use dtype::Dtype;
 pub use error::{Error, Result};
 pub use merge::{Cat, Dense, Kept, Majority, Rank, Rule, Soup, Sparse, Sparsity, Svd};

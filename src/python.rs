@@ -466,7 +466,7 @@ fn convert(
     py: Python<'_>,
     adapter: Py<PyAdapter>,
     strengths: Vec<f64>,
-    out: PathBuf,
+    out: Option<PathBuf>,
     container: &str,
     dtype: &str,
     settings: Settings,
@@ -494,6 +494,9 @@ fn convert(
         metadata: from_values(metadata),
     };
     let options = settings.options().map_err(|error| to_python(py, error))?;
+    let Some(out) = out else {
+        return crate::check_conversion(adapter, &conversion).map_err(|error| to_python(py, error));
+    };
     interruptible(py, adapter.stamp().size, progress, |watch| {
         crate::convert(adapter, &out, &conversion, &options, watch)
     })

@@ -33,7 +33,7 @@ def record(count=3, *, target=True, **names):
     )
 
 
-def card(found=None, base="org/base", out="out/predicted"):
+def card(found=None, base="org/base", out="predicted"):
     config = {"base_model_name_or_path": base, "r": 8}
     return model_card(found or record(), config, Path(out))
 

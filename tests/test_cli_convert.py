@@ -220,6 +220,27 @@ def test_a_packed_bank_stands_on_its_own(lorameta, golden, base, tmp_path):
     assert lorameta("inspect", packed)[0] == 0
 
 
+def test_a_bank_of_adapters_alone_is_packed_too(lorameta, golden, base, tmp_path):
+    bank, packed = write_bank(golden, base, tmp_path / "bank"), tmp_path / "packed"
+    for text in bank.glob("*/train.txt"):
+        text.unlink()
+    status, _, err = lorameta(
+        *("convert", bank, "-o", packed, "--to", "gguf", "--base-config", base)
+    )
+    assert status == 0, err
+    assert [path.name for path in (packed / "a_r8").iterdir()] == ["adapter.gguf"]
+    command = ["merge", packed, "--weights", "a_r8=1", "-o", tmp_path / "out"]
+    assert lorameta(*command)[0] == 0
+    # Where others can be compared, one that cannot is left out, and named.
+    (bank / "a_r8" / "train.txt").write_text("to be or not to be")
+    again = tmp_path / "again"
+    status, _, err = lorameta(
+        *("convert", bank, "-o", again, "--to", "gguf", "--base-config", base)
+    )
+    assert (status, "b_r8" in err) == (0, True), err
+    assert sorted(path.name for path in again.iterdir()) == ["a_r8", "tokenizer.json"]
+
+
 @pytest.mark.parametrize("method", ["cat", "svd"])
 def test_members_of_both_kinds_are_summed_alike(golden, base, tmp_path, lorameta, method):
     bank = write_bank(golden, base, tmp_path / "bank")

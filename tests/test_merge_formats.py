@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+
+from lorameta_rs import _core
 
 WEIGHTS = "adapter_model.safetensors"
 HALVES = ("a_r8=0.5", "b_r8=0.5")
@@ -46,6 +50,18 @@ def test_each_format_gets_a_folder(merged, lorameta, tmp_path):
             np.testing.assert_array_equal(tensor, wanted[name], err_msg=f"{to} {name}")
     for runtime in ("transformers", "vLLM", "llama.cpp", "Ollama", "MLX"):
         assert f"{runtime}: " in said + err
+    # Each card names this very output, and what is run lies where the card says.
+    for to, run in (
+        ("peft", 'from_pretrained(model, "all/peft")'),
+        ("peft", "--lora-modules all=all/peft"),
+        ("gguf", "--lora all/gguf/adapter.gguf"),
+        ("gguf", "ollama create all"),
+        ("mlx", "--adapter-path all/mlx"),
+    ):
+        card = (tmp_path / "all" / to / "README.md").read_text()
+        assert "\n# all\n" in card
+        assert run in card
+        assert f"--repeat all/{to}/lorameta.json" in card
 
 
 @pytest.mark.parametrize(
@@ -62,6 +78,25 @@ def test_one_format_is_the_folder(merged, tmp_path, to, has, command):
     assert str(tmp_path) not in card.split("## Use")[1]  # it holds wherever the folder is moved
     assert merged("one", "--format", to)[0] != 0
     assert merged("one", "--format", to, "--force")[0] == 0
+
+
+@pytest.mark.parametrize("how", [[], ["--dry-run"]])
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "mistral"}, "say how many heads"),
+        ({"model_type": "mistral", "num_attention_heads": 7, "num_key_value_heads": 7}, "heads"),
+    ],
+)
+def test_a_base_that_does_not_do_is_refused_before_the_sum(
+    merged, tmp_path, monkeypatch, how, config, words
+):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(_core, "combine", None)  # calling it would be a traceback
+    given = ("--format", "gguf", "--base-config", tmp_path / "config.json", *how)
+    status, _, err = merged("none", *given, base=False)
+    assert (status, words in err) == (1, True), err
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("how", [[], ["--dry-run"]])

@@ -117,7 +117,7 @@ def combine(
 def convert(
     adapter: Adapter,
     strengths: Sequence[float],
-    out: str | PathLike[str],
+    out: str | PathLike[str] | None,
     container: str,
     dtype: str,
     settings: Options,

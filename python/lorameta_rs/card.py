@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorameta_rs.member import GGUF_WEIGHTS
@@ -12,6 +11,8 @@ from lorameta_rs.provenance import size
 from lorameta_rs.runtimes import gguf_commands, mlx_command, transformers_code, vllm_command
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lorameta_rs.provenance import Provenance
 
 _SHOWN = 20
@@ -19,36 +20,40 @@ _LIBRARIES = {"peft": "peft", "gguf": "llama.cpp", "mlx": "mlx"}
 
 
 def model_card(record: Provenance, config: dict[str, object], out: Path, to: str = "peft") -> str:
-    """What a stranger should know of the adapter, in Markdown with the Hub's front matter."""
+    """What a stranger should know of the adapter, in Markdown with the Hub's front matter.
+
+    `out` is its folder seen from beside the output: of several formats that is one in the output's.
+    """
     base = config["base_model_name_or_path"]
     front = [f"library_name: {_LIBRARIES[to]}", "tags: [lora, lorameta-rs]"]
     if base is not None:
         front.insert(0, f"base_model: {json.dumps(base)}")
-    lines = ["---", *front, "---", "", f"# {out.name}", "", _summary(record), ""]
+    lines = ["---", *front, "---", "", f"# {out.parts[0]}", "", _summary(record), ""]
     lines += [*_table(record), "", *_relevance(record)]
     known = None if base is None else str(base)
-    lines += ["## Use", "", *_use(known, config, Path(out.name), to)]
+    lines += ["## Use", "", *_use(known, config, out, to)]
     lines += [
         "`lorameta.json` beside this file holds what is needed to make the adapter again:",
         "",
         "```sh",
-        f"lorameta-rs merge --repeat {shlex.quote(out.name)}/lorameta.json -o again",
+        f"lorameta-rs merge --repeat {shlex.quote(str(out))}/lorameta.json -o again",
         "```",
     ]
     return "\n".join(lines) + "\n"
 
 
 def _use(base: str | None, config: dict[str, object], folder: Path, to: str) -> list[str]:
-    """How the adapter is run, seen from beside its folder."""
+    """How the adapter is run, seen from beside the output."""
+    name = folder.parts[0]
     if to == "gguf":
-        found = gguf_commands(None, folder / GGUF_WEIGHTS)
+        found = gguf_commands(None, folder / GGUF_WEIGHTS, name)
         return ["```sh", *(f"{line}  # {name}" for name, line in found.items()), "```", ""]
     if to == "mlx":
         return ["```sh", *mlx_command(base, folder).values(), "```", ""]
-    lines = ["```python", transformers_code(base, folder.name), "```", ""]
+    lines = ["```python", transformers_code(base, str(folder)), "```", ""]
     rank = config["r"]
     assert isinstance(rank, int), "the configuration of a result has one rank"
-    served = vllm_command(base, folder.name, folder.name, rank)
+    served = vllm_command(base, name, str(folder), rank)
     return lines if served is None else [*lines, "```sh", served, "```", ""]
 
 

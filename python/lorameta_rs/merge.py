@@ -12,7 +12,7 @@ from lorameta_rs.card import model_card
 from lorameta_rs.config import FILE_NAME, as_json
 from lorameta_rs.errors import FileChanged, InvalidSetting, UnreadableFile
 from lorameta_rs.formats import FORMATS
-from lorameta_rs.formats.conversion import known_base, write
+from lorameta_rs.formats.conversion import check, known_base, write
 from lorameta_rs.index import Index
 from lorameta_rs.member import GGUF_WEIGHTS, MLX_WEIGHTS, WEIGHTS, Member, open_members
 from lorameta_rs.provenance import FILE_NAME as PROVENANCE
@@ -191,8 +191,7 @@ def plan(bank: Bank, jobs: Sequence[Job], options: Options | None = None) -> Mer
     options = options or Options()
     sums = Sums.of(bank, jobs, options, dry=True)
     result_config(bank.base_model, sums.members, sums.rank or 1, 1.0)
-    if "gguf" in options.formats:
-        known_base(options.base, bank.folder)
+    _with_base(options, bank, sums.members)
     run = replace(options, method=sums.method, normalize=sums.normalize)
     planned = _core.plan(sums.terms, run)
     return Merged(planned, sums.method, sums.soup_error, sums.soup_error_exact, sums.norm_bytes, [])
@@ -232,8 +231,7 @@ def merge(
     run = replace(options, method=sums.method, normalize=sums.normalize)
     index = Index.of(bank)
     hashes = {member.name: _hash(member, index, options.verify) for member in sums.members}
-    if "gguf" in run.formats:
-        run = replace(run, base=known_base(run.base, bank.folder))
+    run = _with_base(run, bank, sums.members)
     places = [written_to(job.out, run.formats) for job in jobs]
     outs = [place for folders in places for place in folders.values()]
     with staged(outs, OWNED, options.force) as stages:
@@ -253,15 +251,31 @@ def merge(
                 config = result_config(bank.base_model, sums.members, rank, sums.alpha or rank)
                 record = provenance(bank, job, run, hashes)
                 _write(first[i] / FILE_NAME, as_json(config))
-                _convert(first[i], stages_of[i], job.out.absolute().name, run)
+                name = job.out.absolute().name
+                _convert(first[i], stages_of[i], name, run)
+                seen = written_to(Path(name), run.formats)
                 for to, stage in stages_of[i].items():
                     _write(stage / PROVENANCE, record.as_json())
-                    _write(stage / CARD, model_card(record, config, places[i][to], to))
+                    _write(stage / CARD, model_card(record, config, seen[to], to))
         except UnreadableFile as error:
             raise _of_output(error, stages, outs) from error
     return Merged(
         done, sums.method, sums.soup_error, sums.soup_error_exact, sums.norm_bytes, outcomes
     )
+
+
+def _with_base(options: Options, bank: Bank, members: Sequence[Member]) -> Options:
+    """The options with the base that is known, after a look at what the formats can express.
+
+    Raises:
+        InvalidSetting: One of them cannot express the members, or needs to know more of the base.
+    """
+    if "gguf" in options.formats:
+        options = replace(options, base=known_base(options.base, bank.folder))
+    for member in {member.adapter.layout: member for member in members}.values():
+        for to in options.formats:
+            check(member, to, options.base, options)
+    return options
 
 
 def written_to(out: Path, formats: Sequence[str]) -> dict[str, Path]:

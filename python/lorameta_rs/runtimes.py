@@ -38,7 +38,12 @@ def vllm_command(base: str | None, name: str, folder: str, rank: int) -> str | N
 
 
 def commands(
-    to: str, base: str | None, out: Path, rank: int, gguf: Path | None = None
+    to: str,
+    base: str | None,
+    out: Path,
+    rank: int,
+    gguf: Path | None = None,
+    name: str | None = None,
 ) -> dict[str, str]:
     """One line for each runtime that loads an adapter of a format, by the runtime's name.
 
@@ -48,24 +53,25 @@ def commands(
         out: The adapter's folder, or its GGUF file.
         rank: The adapter's.
         gguf: The base model as GGUF.
+        name: What servers call the adapter; None for what its folder or file is called.
     """
     if to == "gguf":
-        return gguf_commands(gguf, out / GGUF_WEIGHTS if out.is_dir() else out)
+        return gguf_commands(gguf, out / GGUF_WEIGHTS if out.is_dir() else out, name)
     if to == "mlx":
         return mlx_command(base, out)
     last = transformers_code(base, str(out)).splitlines()[-1]
-    served = vllm_command(base, out.absolute().name, str(out), rank)
+    served = vllm_command(base, name or out.absolute().name, str(out), rank)
     return {"transformers": last} | ({} if served is None else {"vLLM": served})
 
 
-def gguf_commands(base: Path | None, file: Path) -> dict[str, str]:
-    """Those for a GGUF adapter; `base` is its base model as GGUF."""
+def gguf_commands(base: Path | None, file: Path, name: str | None = None) -> dict[str, str]:
+    """Those for a GGUF adapter; `base` is its base model as GGUF, `name` as `commands` has it."""
     model, adapter = _of_modelfile(base or Path(f"{_UNKNOWN}.gguf")), _of_modelfile(file)
     modelfile = shlex.join(["printf", "%s\\n", f"FROM {model}", f"ADAPTER {adapter}"])
-    name = file.absolute().parent.name if file.name == GGUF_WEIGHTS else file.stem
+    own = file.absolute().parent.name if file.name == GGUF_WEIGHTS else file.stem
     return {
         "llama.cpp": shlex.join(["llama-cli", "-m", model, "--lora", str(file)]),
-        "Ollama": f"{modelfile} > Modelfile && {shlex.join(['ollama', 'create', name])}",
+        "Ollama": f"{modelfile} > Modelfile && {shlex.join(['ollama', 'create', name or own])}",
     }
 
 

@@ -79,11 +79,13 @@ def _one(
     from lorameta_rs.errors import InvalidSetting
     from lorameta_rs.formats.base import Base
     from lorameta_rs.formats.conversion import FILES, write, write_gguf
-    from lorameta_rs.formats.opening import open_adapters
+    from lorameta_rs.formats.opening import is_gguf, open_adapters
     from lorameta_rs.runtimes import commands
     from lorameta_rs.staging import check, staged
 
-    base = Base.known(base_config, path)
+    # Of kohya's base only the names are read: a pipeline's folder has no config.json.
+    known = to == "gguf" or is_gguf(path)
+    base = Base.known(base_config, path) if known else None
     found = open_adapters(path, base, base_config)
     alone = to == "gguf" and out.suffix == ".gguf"
     if alone and len(found) > 1:
@@ -114,10 +116,11 @@ def _bank(
     from lorameta_rs.formats.packing import pack
 
     bank = Bank(path)
-    console.report(bank)
+    said = console.report(bank)
     base = Base.known(base_config, path)
     with console.steps("converting", len(bank)) as step:
         made = pack(bank, out, to, dtype, base, run, step)
+    console.report(bank, said)
     console.say(
         f"wrote {out}: {console.number(len(bank), 'member')}, {console.size(made)} of adapters, "
         f"which were {console.size(sum(member.adapter.size for member in bank.members))}"

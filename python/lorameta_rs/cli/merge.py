@@ -525,7 +525,8 @@ def _say_use(bank: Bank, jobs: Sequence[Job], run: Options) -> None:
     rank = max(results[0].ranks) if results else 0
     gguf = None if run.base is None else run.base.gguf
     for to, out in written_to(jobs[0].out, run.formats).items():
-        for runtime, line in commands(to, base, out, rank, gguf).items():
+        name = jobs[0].out.absolute().name
+        for runtime, line in commands(to, base, out, rank, gguf, name).items():
             console.say(f"{runtime}: {line}")
 
 

@@ -87,9 +87,22 @@ def write(
     files.write_whole(folder / FILE_NAME, as_json(config).encode())
 
 
+def check(member: Member, to: str, base: Base | None, options: Options) -> None:
+    """See that a format can express an adapter, before there is work to lose; arguments as `write`.
+
+    Raises:
+        InvalidSetting: It cannot, or needs to know more of the base.
+    """
+    if to == "gguf":
+        write_gguf(member, None, base, "float32", options)
+    else:
+        strengths = [1.0] * len(member.modules)
+        _core.convert(member.adapter, strengths, None, to, "float32", options)
+
+
 def write_gguf(
     member: Member,
-    path: Path,
+    path: Path | None,
     base: Base | None,
     dtype: str,
     options: Options,
@@ -102,7 +115,7 @@ def write_gguf(
 
     Args:
         member: The adapter, of any format.
-        path: The file.
+        path: The file; None to see only whether it could be written.
         base: The base model; `Base.load` reads it from a GGUF file or a `config.json`.
         dtype: As `write`.
         options: As `write`.
@@ -126,7 +139,7 @@ def write_gguf(
     _core.convert(
         member.adapter,
         [1.0] * len(member.modules) if alpha else member.scalings,
-        os.fspath(path),
+        None if path is None else os.fspath(path),
         "gguf",
         dtype,
         options,

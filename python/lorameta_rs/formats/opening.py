@@ -43,6 +43,12 @@ def is_adapter(path: Path) -> bool:
     return not names.isdisjoint(known) or any(n.endswith((GGUF, _SAFETENSORS)) for n in names)
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether `path` is a GGUF file, or a folder about one."""
+    file = _only_file(path)
+    return file is not None and file.suffix == GGUF
+
+
 def open_adapters(
     path: Path, base: Base | None = None, names_from: Path | None = None
 ) -> list[Member]:
