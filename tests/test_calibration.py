@@ -53,7 +53,8 @@ def test_the_table_has_the_default_first_and_then_the_best(found):
     assert cosines == sorted(cosines, reverse=True)
     for row in others:
         assert row["against"][0] == pytest.approx(row["cosine"] - first["cosine"])
-    best = max((row for row in found.tried if not row["of_modules"]), key=lambda r: r["cosine"])
+    offered = [row for row in found.tried if not row["of_modules"] and row["pipeline"] != "ridge"]
+    best = max(offered, key=lambda row: row["cosine"])
     mean, error = best["against"]
     chosen = best if mean > 2 * error else first
     assert found.settings.metric == chosen["metric"]
