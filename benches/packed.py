@@ -5,7 +5,7 @@
 
 The bank is packed by `lorameta-rs convert --to gguf --dtype q8_0` first, and what that costs of ΔW
 is computed in float64, of single members and of a merge. Then merges of both banks take turns, with
-the page cache empty and full; the fastest of each is shown, and the ratio of these.
+nothing of them in the page cache and with all of it; the fastest of each is shown, and their ratio.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 ROUNDS = {"cold": 5, "warm": 9}
 LARGEST_ERROR = 0.01
-DROP = Path("/proc/sys/vm/drop_caches")
 
 
 def packed(bank: Path, out: Path, base_config: Path) -> None:
@@ -91,14 +90,11 @@ def timed(bank: Bank, weights: Matrix, options: Options, cold: bool) -> float:
 
 
 def empty_cache(paths: Sequence[Path]) -> None:
-    """Have nothing of these files in the page cache: by emptying all of it, or else by asking."""
-    os.sync()
-    try:
-        DROP.write_text("3")
-    except OSError:
-        for path in paths:
-            with path.open("rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    """Have nothing of these files in the page cache, and leave there what is others'."""
+    os.sync()  # what is still to be written cannot be dropped
+    for path in paths:
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def main() -> None:

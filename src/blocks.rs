@@ -2,7 +2,7 @@
 
 use crate::{
     adapter::Adapter,
-    bank::Bank,
+    bank::{Bank, Holder},
     dtype::BLOCK,
     error::{Error, Result},
     joint::{Joint, Share},
@@ -121,10 +121,11 @@ impl Plan {
         // With more targets the sums are the larger part, and are worth more rows at a time.
         let group = (2 * targets).clamp(4, 64).min(bank.adapters.len());
         let held = || bank.slots.iter().flat_map(|slot| &slot.holders);
-        let bytes = held().map(|holder| {
+        let size = |holder: &Holder| {
             let range = &bank.tensor(*holder).bytes;
             range.end - range.start
-        });
+        };
+        let bytes: u64 = held().map(size).sum();
         let io = options.io;
         let widest = held().map(|holder| bank.tensor(*holder).width()).max().unwrap_or(4);
         let total: usize = bank.slots.iter().map(|slot| slot.len()).sum();
@@ -142,9 +143,12 @@ impl Plan {
                 needed: needed.div_ceil(1 << 20),
             });
         }
+        // What an element of all rows of a group takes in their files.
+        let elements: usize = bank.slots.iter().map(|slot| slot.len() * slot.holders.len()).sum();
+        let stored = (bytes as usize * group).div_ceil(elements.max(1));
         let longest = match io {
             Io::Mmap => LONGEST,
-            Io::Read => (NEAR / (4 * (group + targets))).max(SHORTEST),
+            Io::Read => (NEAR / (stored + 4 * targets)).max(SHORTEST),
         };
         // Eight turns for each thread, if that leaves enough for a write, keep all busy to the end.
         let turn = total.div_ceil(8 * threads).max(WRITTEN).next_multiple_of(TILE);
@@ -154,7 +158,7 @@ impl Plan {
         let near = SUMMED / (sum * length.max(1));
         let together = (turn / length.max(1)).min(near).clamp(1, room.max(1));
         Ok(Self {
-            bytes: bytes.sum(),
+            bytes,
             memory: threads * (fixed + length * row + together * length * sum),
             threads,
             group,

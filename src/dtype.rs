@@ -41,6 +41,7 @@ pub(crate) const BLOCK: usize = 32;
 
 impl Dtype {
     /// The size of one element.
+    #[inline]
     pub(crate) fn bits(self) -> u64 {
         use Dtype::*;
         match self {
@@ -55,6 +56,7 @@ impl Dtype {
     }
 
     /// The size of `count` elements of a type that can be summed, in bytes; of whole blocks.
+    #[inline]
     pub(crate) fn size(self, count: usize) -> usize {
         match self {
             Dtype::Q8_0 => count.div_ceil(BLOCK) * (2 + BLOCK),

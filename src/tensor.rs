@@ -32,7 +32,7 @@ pub enum Order {
 }
 
 /// What is read of a file at a time, about, where its order is not that of the numbers; in bytes.
-const CHUNK: usize = 64 << 10;
+const CHUNK: usize = 128 << 10;
 
 impl Tensor {
     /// How many numbers it holds.
@@ -45,9 +45,9 @@ impl Tensor {
         self.bytes.is_empty()
     }
 
-    /// The type of its numbers in memory: its own where they can be used as they lie.
+    /// The type of its numbers in memory: its own where whole rows of it can be used as they lie.
     pub(crate) fn held_as(&self) -> Dtype {
-        if self.order == Order::Rows { self.dtype } else { Dtype::F32 }
+        if self.order == Order::Columns { Dtype::F32 } else { self.dtype }
     }
 
     /// The most that a number of it takes in memory while it is read, in bytes.
@@ -103,6 +103,37 @@ impl Tensor {
         }
     }
 
+    /// The bytes of the numbers in `range`, whole blocks of a packed type, into `held`: in the order
+    /// of rows what a file has in that of `Heads`. `bytes` is made as large as it needs to be.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub(crate) fn read_heads(
+        &self,
+        source: &Source,
+        range: Range<usize>,
+        bytes: &mut Vec<u8>,
+        held: &mut [u8],
+    ) -> io::Result<()> {
+        let (row, size) = (self.row(), |count: usize| self.dtype.size(count));
+        let (span, row_size) = (self.span(&range), size(row));
+        let step = (CHUNK / row_size).max(1) * row_size;
+        for start in span.clone().step_by(step) {
+            let place = start..span.end.min(start + step as u64);
+            let read = fetch(source, place, bytes)?;
+            let first = (start - self.bytes.start) as usize / row_size;
+            for (index, values) in read.chunks_exact(row_size).enumerate() {
+                let own = self.row_at(first + index) * row;
+                let (from, to) = (own.max(range.start), (own + row).min(range.end));
+                if from < to {
+                    held[size(from - range.start)..size(to - range.start)]
+                        .copy_from_slice(&values[size(from - own)..size(to - own)]);
+                }
+            }
+        }
+        Ok(())
+    }
+
     fn read_rows(
         &self,
         source: &Source,
@@ -156,9 +187,8 @@ impl Tensor {
     /// Put one of the file's rows where its numbers belong among those of `range`.
     fn place(&self, index: usize, values: &[f32], range: &Range<usize>, numbers: &mut [f32]) {
         let row = self.row();
-        if let Order::Heads(rows) = self.order {
-            let (head, within) = (index / rows, index % rows);
-            let own = (head * rows + within % 2 * (rows / 2) + within / 2) * row;
+        if let Order::Heads(_) = self.order {
+            let own = self.row_at(index) * row;
             let from = own.max(range.start);
             let to = (own + row).min(range.end);
             if from < to {
@@ -172,6 +202,13 @@ impl Tensor {
         for at in rows_before(range.start)..rows_before(range.end) {
             numbers[at * row + index - range.start] = values[at];
         }
+    }
+
+    /// Which row the file has in this place.
+    fn row_at(&self, index: usize) -> usize {
+        let Order::Heads(rows) = self.order else { return index };
+        let (head, within) = (index / rows, index % rows);
+        head * rows + within % 2 * (rows / 2) + within / 2
     }
 
     /// The length of a row.
@@ -265,6 +302,16 @@ mod tests {
             let wanted: Vec<f32> =
                 range.map(|i| held[place(order, shape, i / shape[1], i % shape[1])]).collect();
             prop_assert_eq!(got, wanted);
+            if let Order::Heads(_) = order {
+                let blocks = (start.min(end) / unit * unit)..start.max(end) / unit * unit;
+                let mut held_bytes = vec![0; dtype.size(blocks.len())];
+                tensor.read_heads(&source, blocks.clone(), &mut vec![], &mut held_bytes).unwrap();
+                let mut got = vec![f32::NAN; blocks.len()];
+                (widest().widen)(dtype, &held_bytes, &mut got);
+                let wanted: Vec<f32> =
+                    blocks.map(|i| held[place(order, shape, i / shape[1], i % shape[1])]).collect();
+                prop_assert_eq!(got, wanted);
+            }
         }
     }
 }

@@ -112,10 +112,13 @@ impl<'a> Soup<'a> {
             let read = source.bytes(self.span(piece, holder), bytemuck::cast_slice_mut(buffer));
             return Ok((dtype, read.at(path)?));
         }
-        let numbers = &mut bytemuck::cast_slice_mut(buffer)[..piece.len];
         let range = piece.start..piece.start + piece.len;
-        tensor.read(source, range, bytes, numbers).at(path)?;
-        Ok((dtype, bytemuck::cast_slice(numbers)))
+        let held = &mut bytemuck::cast_slice_mut(buffer)[..dtype.size(piece.len)];
+        match tensor.order {
+            Order::Heads(_) => tensor.read_heads(source, range, bytes, held).at(path)?,
+            _ => tensor.read(source, range, bytes, bytemuck::cast_slice_mut(held)).at(path)?,
+        }
+        Ok((dtype, held))
     }
 
     /// The room that `row` needs, in words.
