@@ -336,7 +336,7 @@ def test_a_matrix_of_weights_on_the_command_line_can_be_repeated(real, tmp_path,
         ('{"modules": ["0"], "weights": {"plain": [1, 2]}}', "2 weights for 1 modules"),
         ('{"modules": ["0"], "weights": {"plain": "x"}}', "is not a number"),
         ('{"modules": ["("], "weights": {"plain": 1}}', "is not a regular expression"),
-        ('{"modules": ["9"], "weights": {"plain": 1}}', "all coefficients"),
+        ('{"modules": ["9"], "weights": {"plain": 1}}', "no module of the bank matches `9`"),
     ],
 )
 def test_matrices_that_cannot_be(real, tmp_path, lorameta, text, said):
