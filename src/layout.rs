@@ -423,7 +423,10 @@ mod tests {
             (&[("x.lora_A.weight", &[2, 4]), ("x.lora_B.weight", &[6, 3])], "3 columns"),
             (&[("x.lora_A.weight", &[2]), ("x.lora_B.weight", &[6, 2])], "1 dimensions"),
             (&[("x.lora_A.weight", &[2, 4, 3]), ("x.lora_B.weight", &[6, 2, 3])], "[6, 2, 3]"),
-            (&[("x.lora_A.weight", &[2, 4, 3]), ("x.lora_B.weight", &[6, 2, 1, 1])], "[1, 1]"),
+            (
+                &[("x.lora_A.weight", &[2, 4, 3]), ("x.lora_B.weight", &[6, 2, 1, 1])],
+                "[6, 2, 1, 1]",
+            ),
             (&[("x.lora_magnitude_vector", &[6])], "use_dora"),
             (&[("lora_unet_x.lora_down.weight", &[6, 2])], "kohya"),
             (&[("x.lora_a", &[6, 2])], "MLX"),
