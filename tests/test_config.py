@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorameta_rs.config import FILE_NAME, AdapterConfig, as_json, portable_config
+from lorameta_rs.config import AdapterConfig, as_json, portable_config
+from lorameta_rs.config_fields import FILE_NAME
 from lorameta_rs.errors import InvalidAdapter, MissingFile, UnreadableFile
 
 MALFORMED = Path(__file__).parent / "golden" / "malformed"

@@ -14,7 +14,7 @@ from lorameta_rs import dataset, files
 from lorameta_rs.bank_fingerprints import FILE_NAME as FINGERPRINT
 from lorameta_rs.bank_fingerprints import BankFingerprints
 from lorameta_rs.bank_settings import BankSettings
-from lorameta_rs.config import FILE_NAME
+from lorameta_rs.config_fields import FILE_NAME
 from lorameta_rs.errors import (
     InvalidBank,
     InvalidSetting,

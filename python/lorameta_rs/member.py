@@ -8,7 +8,8 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 from lorameta_rs import _core, files
-from lorameta_rs.config import FILE_NAME, AdapterConfig
+from lorameta_rs.config import AdapterConfig
+from lorameta_rs.config_fields import FILE_NAME
 from lorameta_rs.errors import InvalidAdapter, LoraMetaError
 
 if TYPE_CHECKING:

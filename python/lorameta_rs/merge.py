@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from lorameta_rs import _core, files
 from lorameta_rs.card import model_card
-from lorameta_rs.config import FILE_NAME, as_json
+from lorameta_rs.config import as_json
+from lorameta_rs.config_fields import FILE_NAME
 from lorameta_rs.errors import FileChanged, InvalidSetting, UnreadableFile
 from lorameta_rs.formats import FORMATS
 from lorameta_rs.formats.conversion import check, known_base, write

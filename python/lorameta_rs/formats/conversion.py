@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lorameta_rs import _core, files
-from lorameta_rs.config import FILE_NAME, as_json
+from lorameta_rs.config import as_json
+from lorameta_rs.config_fields import FILE_NAME
 from lorameta_rs.errors import InvalidSetting
 from lorameta_rs.formats.base import Base
 from lorameta_rs.formats.mlx import mlx_config

@@ -8,7 +8,7 @@ import re
 from typing import TYPE_CHECKING
 
 from lorameta_rs import files
-from lorameta_rs.config import FILE_NAME
+from lorameta_rs.config_fields import FILE_NAME
 from lorameta_rs.errors import InvalidAdapter
 
 if TYPE_CHECKING:

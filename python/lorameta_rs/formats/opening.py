@@ -7,7 +7,8 @@ import os
 from typing import TYPE_CHECKING, TypeVar
 
 from lorameta_rs import _core, files
-from lorameta_rs.config import FILE_NAME, AdapterConfig
+from lorameta_rs.config import AdapterConfig
+from lorameta_rs.config_fields import FILE_NAME
 from lorameta_rs.errors import InvalidAdapter, LoraMetaError
 from lorameta_rs.formats import mlx
 from lorameta_rs.formats.naming import components
