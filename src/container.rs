@@ -112,7 +112,10 @@ pub(crate) fn open(path: &Path) -> Result<(File, u64)> {
 
 /// What the header of `file` says, of `size` bytes and at `path`.
 pub(crate) fn read(path: &Path, mut file: File, size: u64, opening: &Opening) -> Result<Contents> {
-    let invalid = |reason| Error::File { path: path.to_owned(), reason };
+    let invalid = |reason| {
+        let reason = format!("{reason}\ncopy the file again, or save it again");
+        Error::File { path: path.to_owned(), reason }
+    };
     let mut start = [0; 4];
     let got = header::read_up_to(&mut file, &mut start).at(path)?;
     file.rewind().at(path)?;

@@ -92,8 +92,18 @@ def test_infinity_is_named_when_it_is_summed(tmp_path):
     with pytest.raises(NotFinite) as caught:
         Bank(tmp_path / "bank").merge([1.0], tmp_path / "out")
     tensor = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-    for said in (str(tmp_path / "bank" / "inf_in_A" / WEIGHTS), tensor, "Inf"):
+    for said in (str(tmp_path / "bank" / "inf_in_A" / WEIGHTS), tensor, "Inf as a float32"):
         assert said in str(caught.value)
+
+
+def test_what_is_wrong_comes_with_what_to_do(make_bank):
+    written = make_bank(["a", "b"])
+    config = written.folder / "a" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"r": 2', '"r": 3'))
+    written.weights("b").write_bytes(written.weights("b").read_bytes()[:-4])
+    a, b = open_members([written.folder / "a", written.folder / "b"])
+    assert str(a).endswith("have rank 2\ntake both files from where one adapter was saved")
+    assert str(b).endswith("cut short?\ncopy the file again, or save it again")
 
 
 def test_the_base_model_is_judged_in_company(tmp_path):

@@ -22,6 +22,8 @@ MLX_WEIGHTS = "adapters.safetensors"
 GGUF = ".gguf"
 GGUF_WEIGHTS = "adapter.gguf"
 
+_OF_ONE = "take both files from where one adapter was saved"
+
 
 @dataclass(frozen=True, eq=False)
 class Member:
@@ -183,6 +185,7 @@ def _disagreement(member: Member) -> InvalidAdapter | None:
             return InvalidAdapter(
                 f"`{member.folder / FILE_NAME}`: `use_dora` is {str(declared).lower()}, "
                 f"`{module.name}` has {'a' if module.dora else 'no'} magnitude in `{WEIGHTS}`"
+                f"\n{_OF_ONE}"
             )
     for module, rank in zip(member.modules, expected, strict=True):
         if module.rank != rank:
@@ -190,7 +193,7 @@ def _disagreement(member: Member) -> InvalidAdapter | None:
             field = "`r`" if rank == config.r else f"`rank_pattern` (`r` is {config.r})"
             return InvalidAdapter(
                 f"`{member.folder / FILE_NAME}`: {field} gives `{module.name}` rank {rank}, "
-                f"its tensors in `{WEIGHTS}` have rank {module.rank}"
+                f"its tensors in `{WEIGHTS}` have rank {module.rank}\n{_OF_ONE}"
             )
     return None
 
