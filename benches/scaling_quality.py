@@ -87,7 +87,8 @@ def draw(found: dict[str, NDArray[np.float64]], path: Path) -> None:
         axes.errorbar(sizes, [one.mean() for one in values], errors, marker="o", capsize=3)
         for control in ("base", "fine-tuned"):
             axes.axhline(found[control].mean(), color="grey", lw=1, ls="--")
-            axes.text(sizes[0], found[control].mean() + 0.01, control, fontsize=8, color="grey")
+            place = sizes[-1], found[control].mean() + 0.01
+            axes.text(*place, control, fontsize=8, color="grey", ha="right")
         axes.set_xscale("log", base=2)
         axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.set_xlabel(label)
