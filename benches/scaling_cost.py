@@ -3,8 +3,8 @@
     python benches/scaling_cost.py /tmp                          a table
     python benches/scaling_cost.py /tmp --plot docs/cost.png     and a picture (extra `plot`)
 
-Banks of Gaussian adapters are written below the folder given, 5 GB at most at a time, indexed,
-merged by the real command with uniform coefficients to rank 16, and removed. Times are the least of
+Banks of Gaussian adapters are written below the folder given, 5 GB at most at a time, merged by the
+real command with uniform coefficients to rank 16, and removed. Times are the least of
 three, with the files in the page cache, and stand beside those of a plain read of the same files.
 """
 
@@ -75,7 +75,6 @@ def cost(folder: Path, case: Case) -> Cost:
         names = sorted(member.name for member in bank.iterdir())
         weights.write_text(json.dumps(dict.fromkeys(names, 1 / len(names))))
         program = [sys.executable, "-m", "lorameta_rs"]
-        subprocess.run([*program, "index", str(bank)], check=True, capture_output=True)
         merge = [*program, "merge", str(bank), "--weights", str(weights), "--rank", "16", "--force"]
         merge += ["--method", "svd", "-o", f"{temporary}/out"]
         seconds, read, memory = [], [], []
