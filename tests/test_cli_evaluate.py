@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-import tokenizers
-from tokenizers import models, pre_tokenizers, processors
+from words import write_tokenizer
 
 pytest.importorskip("xllamacpp", reason="llama.cpp has no wheel for this platform")
 pytest.importorskip("rouge_score", reason="rouge-score is not installed")
@@ -25,13 +24,7 @@ def adapter(golden):
 @pytest.fixture
 def files(tmp_path):
     """A dataset, and a tokenizer with a word for each of the base's 64 ids."""
-    words = {"<s>": 1} | {f"w{i}": i for i in range(64) if i != 1}
-    model = tokenizers.Tokenizer(models.WordLevel(words, unk_token="w0"))
-    model.pre_tokenizer = pre_tokenizers.Whitespace()
-    model.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
-    model.save(str(tmp_path / "tokenizer.json"))
+    write_tokenizer(tmp_path)
     rows = [{"input": f"w{i} w{i + 5} w17", "output": f" w{i}"} for i in range(5, 45)]
     dataset = tmp_path / "test.jsonl"
     dataset.write_text("\n".join(json.dumps(row) for row in rows))

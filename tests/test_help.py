@@ -64,7 +64,7 @@ def test_every_option_is_explained():
 
 
 def test_choices_are_those_of_the_library():
-    from lorameta_rs import coefficients, distance, formats, learned, merge
+    from lorameta_rs import coefficients, distance, formats, learned, merge, study
     from lorameta_rs.formats import conversion
 
     assert set(options.METRICS) == set(distance.METRICS)
@@ -75,6 +75,7 @@ def test_choices_are_those_of_the_library():
     assert list(options.CONVERTED) == list(conversion.DTYPES)
     assert options.MAJORITIES == merge.MAJORITIES
     assert options.NORMALIZATIONS == merge.NORMALIZATIONS
+    assert options.PROTOCOLS == study.PROTOCOLS
 
 
 def test_defaults_are_those_of_the_library():

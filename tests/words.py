@@ -22,6 +22,12 @@ def write_bank(golden, folder):
     for shift, name in enumerate(("a_r8", "b_r8", "e_r16"), 1):
         shutil.copytree(golden / "peft_combine" / "adapters" / name, folder / name)
         (folder / name / "train.jsonl").write_text(rows_of(shift, 20))
+    write_tokenizer(folder)
+    return folder
+
+
+def write_tokenizer(folder):
+    """Write a tokenizer with a word for each of the base's 64 ids."""
     words = {"<s>": 1} | {f"w{i}": i for i in range(64) if i != 1}
     model = tokenizers.Tokenizer(models.WordLevel(words, unk_token="w0"))
     model.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -29,4 +35,3 @@ def write_bank(golden, folder):
         single="<s> $A", special_tokens=[("<s>", 1)]
     )
     model.save(str(folder / "tokenizer.json"))
-    return folder

@@ -29,9 +29,8 @@ PENALTY = 0.3
 # Pairs are averaged in so many groups at most before their order is looked at.
 _BINS = 256
 _STEPS = 2000
-_GAP = (
-    1e-7  # of what is minimised, in units of the mean square norm: how far from the least it ends
-)
+# How far from the least `simplex` may end, in units of the mean square norm.
+_GAP = 1e-7
 
 
 def expected_products(distances: Floats, gram: Floats, new: Floats) -> Floats:
@@ -103,7 +102,7 @@ def simplex(gram: Floats, products: Floats, *, leave_one_out: bool = False) -> F
     """The c with the least cᵀGc − 2 cᵀg of those with c_i ≥ 0 and Σ c_i = 1.
 
     By accelerated projected gradients (Beck and Teboulle 2009), begun anew where they overshoot
-    (O'Donoghue and Candès 2015), until the duality gap is below 1e-6 of the mean square norm.
+    (O'Donoghue and Candès 2015), until the duality gap is below `_GAP`.
 
     Args:
         gram: G, the members' inner products [n, n].

@@ -96,14 +96,23 @@ class Evaluation:
         return interval(self.scores[:, MEASURES.index(measure)])
 
     def by_length(self, measure: str) -> dict[str, tuple[int, float]]:
-        """Rows and their mean by the length of their prompts, for each bucket that has any."""
-        column = self.scores[:, MEASURES.index(measure)]
-        places = np.searchsorted(BUCKETS, self.lengths)
-        names = [f"up to {most}" for most in BUCKETS] + ["longer"]
-        return {
-            names[place]: (int((places == place).sum()), float(column[places == place].mean()))
-            for place in sorted(set(places.tolist()))
-        }
+        """As `by_length`, of a measure."""
+        return by_length(self.scores[:, MEASURES.index(measure)], self.lengths)
+
+
+def by_length(values: Floats, lengths: Sequence[int]) -> dict[str, tuple[int, float]]:
+    """Rows and their mean by the length of their prompts, for each of `BUCKETS` that has any.
+
+    Args:
+        values: One number a row.
+        lengths: Of their prompts, in tokens.
+    """
+    places = np.searchsorted(BUCKETS, lengths)
+    names = [f"up to {most}" for most in BUCKETS] + ["longer"]
+    return {
+        names[place]: (int((places == place).sum()), float(values[places == place].mean()))
+        for place in sorted(set(places.tolist()))
+    }
 
 
 def evaluate(

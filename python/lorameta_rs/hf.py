@@ -104,18 +104,11 @@ class HuggingFace:
         most_tokens: int = 128,
         progress: Callable[[int], object] | None = None,
     ) -> list[tuple[str, list[int]]]:
-        """What the model says after each prompt, always taking the likeliest token.
-
-        Args:
-            prompts: Texts, or token ids with the special tokens that belong to them.
-            scales: How strongly each adapter acts, in the order of `adapters`; none of them unless
-                given. Any number is right: 0 is off.
-            most_tokens: The longest answer.
-            progress: Told how many are done.
+        """What the model says after each prompt, as `Llama.answers`.
 
         Returns:
-            Of each prompt the text as the model's own tokenizer has it, empty without one, and its
-            token ids, with that which ended it.
+            Of each prompt the text, empty where the model has no `tokenizer.json`, and its token
+            ids, with that which ended it.
 
         Raises:
             InvalidSetting: A prompt has no token, or does not fit into the model's context.

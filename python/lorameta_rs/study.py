@@ -8,13 +8,15 @@ the same base on the same rows.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lorameta_rs import distance
+from lorameta_rs.coefficients import combined_rows
 from lorameta_rs.errors import InvalidBank, InvalidSetting, LayoutMismatch
-from lorameta_rs.evaluate import BUCKETS, Rows, evaluate
+from lorameta_rs.evaluate import Rows, by_length, evaluate
 from lorameta_rs.merge import Job, Options, merge
 from lorameta_rs.ranking import Settings, rank
 from lorameta_rs.scores import MEASURES
@@ -67,14 +69,8 @@ class Study:
 
     def by_length(self, name: str) -> dict[str, tuple[int, float]]:
         """Rows of all tasks and their Rouge-L, by the length of their prompts."""
-        lengths = np.concatenate([np.array(one) for one in self.lengths])
-        values = np.concatenate([one[:, 0] for one in self.scores[name]])
-        places = np.searchsorted(BUCKETS, lengths)
-        names = [f"up to {most}" for most in BUCKETS] + ["longer"]
-        return {
-            names[place]: (int((places == place).sum()), float(values[places == place].mean()))
-            for place in sorted(set(places.tolist()))
-        }
+        values = np.concatenate([one[:, MEASURES.index("rouge_l")] for one in self.scores[name]])
+        return by_length(values, list(chain.from_iterable(self.lengths)))
 
 
 def families(bank: Bank) -> dict[str, str]:
@@ -89,8 +85,7 @@ def families(bank: Bank) -> dict[str, str]:
         distance.pairwise(metric, bank.fingerprints)
         for metric in distance.applicable(Settings().metric, bank.fingerprints)
     ]
-    standard = [matrix / (matrix.std(axis=1, keepdims=True) + 1e-300) for matrix in matrices]
-    total = np.sum(standard, axis=0)
+    total = combined_rows(np.stack(matrices))
     np.fill_diagonal(total, np.inf)
     parent = list(range(len(bank)))
 

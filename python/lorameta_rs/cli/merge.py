@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from lorameta_rs.cli import console, options
-from lorameta_rs.cli.rank import (
-    HEADERS,
-    calibrated,
-    described,
-    fingerprinted,
-    rows,
-    say_relevance,
-    vectors,
-)
+from lorameta_rs.cli.rank import calibrated, fingerprinted, vectors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lorameta_rs._core import Outcome
     from lorameta_rs.bank import Bank
-    from lorameta_rs.member import Member
-    from lorameta_rs.merge import Job, Merged, Options
+    from lorameta_rs.merge import Job, Options
     from lorameta_rs.provenance import Provenance
 
-_SHOWN = 8
 _OF_RESULT = (
     *("method", "rank", "energy", "normalize", "density", "majority_sign", "seed"),
     *("dtype", "allow_nan", "memory"),
 )
-_LARGEST_WEIGHTS = 16 << 20
 
 
 @click.command()
@@ -184,6 +171,7 @@ def merge(
     """
     from dataclasses import replace
 
+    from lorameta_rs.cli.merged import as_data, say_done, say_jobs
     from lorameta_rs.merge import merge, plan
 
     if sum((bool(datasets), bool(weights), repeat is not None)) != 1:
@@ -212,16 +200,16 @@ def merge(
             if arguments["refine"] is not None and not dry_run:
                 jobs, run = _refined(opened, jobs, run, arguments)
     if not as_json:
-        _say_jobs(jobs)
+        say_jobs(jobs)
     if dry_run:
         done = plan(opened, jobs, run)
     else:
         with console.progress("merging") as update:
             done = merge(opened, jobs, run, update)
     if as_json:
-        console.data(_as_data(opened, jobs, done, run))
+        console.data(as_data(opened, jobs, done, run))
     else:
-        _say_done(opened, jobs, done, run, dry_run)
+        say_done(opened, jobs, done, run, dry_run)
 
 
 def _options(arguments: dict[str, Any]) -> Options:
@@ -320,39 +308,22 @@ def _weighted(
     """A job with the user's own coefficients."""
     import numpy as np
 
+    from lorameta_rs.cli.weights import check_modules, read_weights
     from lorameta_rs.coefficients import explicit
     from lorameta_rs.merge import Job
 
-    given, modules = _read_weights(weights)
+    given, modules = read_weights(weights)
     opened = options.bank_from(bank, arguments)
     opened.require(given)
     console.report(opened)
     if not modules:
         return opened, [Job(explicit(opened.names, {n: c for n, (c,) in given.items()}), out)]
-    _check_modules(weights[0], modules, opened)
+    check_modules(weights[0], modules, opened)
     columns = [
         explicit(opened.names, {name: row[i] for name, row in given.items()}, all_zero=True)
         for i in range(len(modules))
     ]
     return opened, [Job(np.stack(columns, axis=1), out, modules=modules)]
-
-
-def _check_modules(file: str, modules: Sequence[str], bank: Bank) -> None:
-    """See that each of the modules that a weights file names is one of the bank."""
-    from lorameta_rs.errors import InvalidAdapter, InvalidSetting
-    from lorameta_rs.rows import excerpt
-    from lorameta_rs.sums import first_match
-
-    names = sorted({module.name for member in bank.members for module in member.modules})
-    for key in modules:
-        try:
-            found = first_match([key], names)
-        except InvalidAdapter as error:
-            raise InvalidSetting(f"`{file}`: {error}") from error
-        if all(match is None for match in found):
-            raise InvalidSetting(
-                f"`{file}`: no module of the bank matches `{excerpt(key)}`; one is `{names[0]}`"
-            )
 
 
 def _repeated(
@@ -411,183 +382,3 @@ def _same_files(bank: Bank, record: Provenance, path: Path) -> None:
             f"`{path}` has no hash of {console.number(unknown, 'member')}: whether these are the "
             "same files as then is not known"
         )
-
-
-def _read_weights(given: Sequence[str]) -> tuple[dict[str, list[float]], tuple[str, ...]]:
-    """Each name's numbers, and the modules that they are for: one number for all if there are none.
-
-    From `NAME=0.3`, a JSON file `{"name": 0.3}`, or one with a number for each of several modules:
-    `{"modules": ["0", "1", ".*q_proj"], "weights": {"name": [0.3, 0.1, 1.0]}}`.
-    """
-    from lorameta_rs.errors import InvalidSetting
-
-    weights: dict[str, list[float]] = {}
-    modules: tuple[str, ...] = ()
-    for word in given:
-        name, equals, number = word.rpartition("=")
-        by_hand = equals and not os.path.exists(word)  # noqa: PTH110, no name is too long for it
-        found: object = {name: _number(number)} if by_hand else _weights_file(word)
-        match found:
-            case {"modules": [*patterns], "weights": dict(rows)} if len(given) == 1 and all(
-                isinstance(pattern, str) for pattern in patterns
-            ):
-                modules, found = tuple(patterns), rows
-            case dict():
-                pass
-            case _:
-                raise InvalidSetting(f"`{word}`: expected an object of names and numbers")
-        for member, value in found.items():
-            row = value if modules and isinstance(value, list) else [value] * max(len(modules), 1)
-            if not all(isinstance(one, int | float) and not isinstance(one, bool) for one in row):
-                raise InvalidSetting(f"`{word}`: the weight of `{member}` is not a number")
-            if len(row) != max(len(modules), 1):
-                raise InvalidSetting(
-                    f"`{word}`: `{member}` has {len(row)} weights for {len(modules)} modules"
-                )
-            if member in weights:
-                raise InvalidSetting(f"`{word}`: the weight of `{member}` is given twice")
-            weights[member] = [float(one) for one in row]
-    return weights, modules
-
-
-def _weights_file(path: str) -> object:
-    from lorameta_rs import files
-    from lorameta_rs.errors import InvalidSetting
-    from lorameta_rs.json_stream import Decoder
-
-    with files.reading(Path(path)) as file:
-        text = file.read(_LARGEST_WEIGHTS)
-    decoder = Decoder()
-    try:
-        found = decoder.decode(text.decode("utf-8-sig"))
-    except ValueError as error:
-        raise InvalidSetting(f"`{path}`: not JSON: {error}") from error
-    if decoder.repeated is not None:
-        raise InvalidSetting(f"`{path}`: `{decoder.repeated}` is there twice")
-    return found
-
-
-def _number(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def _say_jobs(jobs: Sequence[Job]) -> None:
-    for job in jobs:
-        if len(jobs) > 1:
-            console.say(f"{job.dataset} → {job.out}")
-        if job.ranking is not None:
-            console.table(HEADERS, rows(job.ranking, _SHOWN))
-            say_relevance(job.ranking)
-
-
-def _say_done(bank: Bank, jobs: Sequence[Job], done: Merged, run: Options, dry_run: bool) -> None:
-    import numpy as np
-
-    used = np.any([np.any(np.atleast_2d(job.coefficients.T), axis=0) for job in jobs], axis=0)
-    plan = done.plan
-    read = f"{console.size(plan.bytes)} of {console.number(int(used.sum()), 'adapter')}"
-    memory = (
-        f"{console.size(plan.memory)} of buffers and mapped pages, "
-        f"{console.number(plan.threads, 'thread')}"
-    )
-    if done.norm_bytes:
-        read += f", and {console.size(done.norm_bytes)} for norms, which `index` keeps,"
-    if run.allow_nan and run.method == "auto":
-        console.say(f"method {done.method}: `svd` could not decompose the NaN that is let by")
-    if done.soup_error is not None:
-        console.say(
-            f"method {done.method}: summing A and B apart would change ΔW by "
-            f"{'' if done.soup_error_exact else '≈ '}{100 * done.soup_error:.2g} %"
-        )
-    if dry_run:
-        console.say(f"would read {read} with {memory}; nothing was written")
-        return
-    console.say(f"read {read} with {memory}")
-    for job, outcome in zip(jobs, done.outcomes, strict=True):
-        console.say(f"wrote {job.out}{_rank_of(outcome)}")
-    _say_use(bank, jobs, run)
-
-
-def _say_use(bank: Bank, jobs: Sequence[Job], run: Options) -> None:
-    """Which servers refuse the results or take them otherwise, and how to run the first."""
-    from lorameta_rs.merge import written_to
-    from lorameta_rs.runtimes import commands
-    from lorameta_rs.servers import breaches
-
-    results = _served(jobs, run)
-    # Results of one bank mostly break the same rules: each is said once.
-    for breach in dict.fromkeys(breach for result in results for breach in breaches(result)):
-        console.say(breach)
-    base = results[0].config.base_model_name_or_path if results else bank.base_model
-    rank = max(results[0].ranks) if results else 0
-    gguf = None if run.base is None else run.base.gguf
-    for to, out in written_to(jobs[0].out, run.formats).items():
-        name = jobs[0].out.absolute().name
-        for runtime, line in commands(to, base, out, rank, gguf, name).items():
-            console.say(f"{runtime}: {line}")
-
-
-def _served(jobs: Sequence[Job], run: Options) -> list[Member]:
-    """The PEFT adapters that were written, which servers may load."""
-    from lorameta_rs.member import Member, open_members
-    from lorameta_rs.merge import written_to
-
-    if "peft" not in run.formats:
-        return []
-    folders = [written_to(job.out, run.formats)["peft"] for job in jobs]
-    return [one for one in open_members(folders) if isinstance(one, Member)]
-
-
-def _rank_of(outcome: Outcome) -> str:
-    """A result's rank and what it keeps of ΔW, where the method chose them."""
-    if outcome.rank is None:
-        return ""
-    total = sum(energy for _, energy, _, _ in outcome.kept)
-    if not total:
-        return f", rank {outcome.rank}"
-    shares = [(kept / energy, name) for name, energy, kept, _ in outcome.kept if energy]
-    least, where = min(shares)
-    about = "" if all(exact for *_, exact in outcome.kept) else "≈ "
-    kept = sum(kept for _, _, kept, _ in outcome.kept) / total
-    return (
-        f", rank {outcome.rank}, which keeps {about}{100 * kept:.1f} % of ‖ΔW‖² "
-        f"(least: {100 * least:.1f} % of {where})"
-    )
-
-
-def _as_data(bank: Bank, jobs: Sequence[Job], done: Merged, run: Options) -> dict[str, Any]:
-    from lorameta_rs.servers import breaches
-
-    described = [_described(bank, job) for job in jobs]
-    for one, outcome in zip(described, done.outcomes, strict=False):
-        one["rank"] = outcome.rank
-        one["kept"] = [
-            {"module": name, "energy": energy, "kept": kept, "exact": exact}
-            for name, energy, kept, exact in outcome.kept
-        ]
-    served = _served(jobs, run) if done.outcomes else []
-    for one, result in zip(described, served, strict=False):
-        one["servers"] = breaches(result)
-    plan = {name: getattr(done.plan, name) for name in ("bytes", "memory", "threads")}
-    plan["norm_bytes"] = done.norm_bytes
-    chosen = {
-        "method": done.method,
-        "soup_error": done.soup_error,
-        "soup_error_exact": done.soup_error_exact,
-    }
-    return {"jobs": described, "plan": plan, **chosen}
-
-
-def _described(bank: Bank, job: Job) -> dict[str, Any]:
-    if job.ranking is None:
-        pairs = zip(bank.names, job.coefficients.tolist(), strict=True)
-        members = [
-            {"name": name, "coefficient": c}
-            for name, c in pairs
-            if (any(c) if isinstance(c, list) else c)
-        ]
-        return {"out": str(job.out), "dataset": None, "members": members}
-    return {"out": str(job.out), "dataset": str(job.dataset), **described(job.ranking)}
