@@ -10,7 +10,7 @@ mod sparse;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
-use std::sync::OnceLock;
+use std::{ops::Range, sync::OnceLock};
 
 use crate::Dtype;
 
@@ -23,6 +23,18 @@ pub type AddProducts =
 /// The numbers of little-endian `bytes` as float32; float64 is rounded to nearest.
 pub type Widen = fn(dtype: Dtype, bytes: &[u8], numbers: &mut [f32]);
 
+/// `sums[i · n + j] += ⟨rows[i], rows[j]⟩` over `columns` for j ≤ i, of n rows of `stride` numbers;
+/// what stands above the diagonal is not to be used. n is a multiple of [`SIDE`], the number of
+/// columns one of [`LANES`]. Products are summed in float32, each lane of columns in their order,
+/// the lanes by halves; and that sum is added in float64.
+pub(crate) type AddGram = fn(sums: &mut [f64], rows: &[f32], stride: usize, columns: Range<usize>);
+
+/// The lanes of [`AddGram`]: every so manieth column is in one of them.
+pub(crate) const LANES: usize = 16;
+
+/// The rows of a tile of [`AddGram`].
+pub(crate) const SIDE: usize = 4;
+
 /// One implementation of the loops.
 #[derive(Clone, Copy)]
 pub struct Kernel {
@@ -30,6 +42,8 @@ pub struct Kernel {
     pub name: &'static str,
     /// Weighted sums.
     pub add_products: AddProducts,
+    /// Inner products of rows.
+    pub(crate) add_gram: AddGram,
     /// Conversion on reading.
     pub widen: Widen,
     /// Whether all numbers are finite.
@@ -54,7 +68,7 @@ pub(crate) struct Sparse {
 /// A kernel of the plain loops, compiled for the features that its attribute names: a closure has
 /// those of the function around it. `$add_products` is the one loop that is written out for each.
 macro_rules! kernel {
-    ($(#[$features:meta])? $name:ident: $add_products:path) => {
+    ($(#[$features:meta])? $name:ident: $add_products:path, $add_gram:path) => {
         $(#[$features])?
         fn $name() -> Kernel {
             Kernel {
@@ -62,6 +76,7 @@ macro_rules! kernel {
                 add_products: |sums, stride, dtype, rows, weights| {
                     $add_products(sums, stride, dtype, rows, weights);
                 },
+                add_gram: |sums, rows, stride, columns| $add_gram(sums, rows, stride, columns),
                 widen: |dtype, bytes, numbers| scalar::widen(dtype, bytes, numbers),
                 finite: |numbers| scalar::finite(numbers),
                 sparse: Sparse {
@@ -83,11 +98,17 @@ macro_rules! kernel {
     };
 }
 
-kernel!(scalar: scalar::add_products);
+kernel!(scalar: scalar::add_products, scalar::add_gram);
 #[cfg(target_arch = "x86_64")]
-kernel!(#[target_feature(enable = "avx2,fma,f16c")] avx2: x86_64::add_products_avx2);
+kernel!(
+    #[target_feature(enable = "avx2,fma,f16c")]
+    avx2: x86_64::add_products_avx2, x86_64::add_gram_avx2
+);
 #[cfg(target_arch = "x86_64")]
-kernel!(#[target_feature(enable = "avx512f,avx512bw")] avx512: x86_64::add_products_avx512);
+kernel!(
+    #[target_feature(enable = "avx512f,avx512bw")]
+    avx512: x86_64::add_products_avx512, x86_64::add_gram_avx512
+);
 
 /// Every kernel that this machine runs, narrowest first.
 pub fn available() -> Vec<Kernel> {
@@ -180,6 +201,32 @@ mod tests {
                         kernel.name
                     );
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn inner_products_have_the_same_bits_on_all_kernels_and_are_right() {
+        for (n, width, stride) in
+            [(SIDE, 0, 16), (SIDE, LANES, 17), (12, 1024, 1040), (2 * SIDE, 48, 64), (68, 32, 40)]
+        {
+            let rows = numbers(n * stride, 8);
+            let columns = stride - width..stride;
+            let of = |kernel: &Kernel| {
+                let mut sums = vec![0.25; n * n];
+                (kernel.add_gram)(&mut sums, &rows, stride, columns.clone());
+                let below = |(at, _): &(usize, &f64)| at % n <= at / n;
+                sums.iter().enumerate().filter(below).map(|(_, x)| *x).collect::<Vec<_>>()
+            };
+            let row = |i: usize| rows[i * stride..][columns.clone()].iter().map(|x| f64::from(*x));
+            let wanted = (0..n).flat_map(|i| (0..=i).map(move |j| (i, j)));
+            let wanted =
+                wanted.map(|(i, j)| 0.25 + row(i).zip(row(j)).map(|(x, y)| x * y).sum::<f64>());
+            for (found, wanted) in of(&available()[0]).into_iter().zip(wanted) {
+                assert!((found - wanted).abs() <= 1e-5 * width as f64, "{found} {wanted}");
+            }
+            for kernel in available() {
+                assert_eq!(of(&kernel), of(&available()[0]), "{}: {n} by {width}", kernel.name);
             }
         }
     }

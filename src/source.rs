@@ -52,6 +52,15 @@ impl Source {
         }
     }
 
+    /// The bytes of `range` into all of `buffer`.
+    pub(crate) fn read(&self, range: Range<u64>, buffer: &mut [u8]) -> io::Result<()> {
+        match self {
+            Self::Mapped(_) => buffer.copy_from_slice(self.bytes(range, &mut [])?),
+            Self::File(file) => read_exact_at(file, buffer, range.start)?,
+        }
+        Ok(())
+    }
+
     /// Ask for bytes that will all be needed at once, where they are not in the page cache: so the
     /// disk gets more than one request at a time. (Where they are, asking costs a tenth of a job.)
     pub(crate) fn announce(&self, range: &Range<u64>) {

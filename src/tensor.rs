@@ -141,6 +141,12 @@ impl Tensor {
         bytes: &mut Vec<u8>,
         numbers: &mut [f32],
     ) -> io::Result<()> {
+        if self.dtype == Dtype::F32 {
+            // What a file has lies in memory likewise, but on big-endian machines.
+            source.read(self.span(&range), bytemuck::cast_slice_mut(numbers))?;
+            numbers.iter_mut().for_each(|x| *x = f32::from_bits(u32::from_le(x.to_bits())));
+            return Ok(());
+        }
         let widen = widest().widen;
         let read = fetch(source, self.span(&range), bytes)?;
         let before = range.start % self.block();

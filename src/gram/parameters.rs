@@ -1,23 +1,17 @@
 //! ⟨A_i, A_j⟩ + ⟨B_i, B_j⟩: factors as long rows of numbers.
 
-use faer::{Mat, MatRef};
+use std::ops::Range;
 
-use super::{
-    matrix::{Entry, Room},
-    product32,
-};
+use super::matrix::{Entry, Room};
 use crate::{
     error::Result,
-    joint::{Joint, Reader},
+    joint::{Joint, Reader, Share},
+    kernels::{LANES, SIDE, widest as kernel},
     layout::Factor,
 };
 
 /// Numbers of each row that are multiplied in float32 before the products are summed in float64.
 const PIECE: usize = 1024;
-
-/// Rows that are multiplied at a time with those up to them: few, so that little is computed of
-/// the half that symmetry gives, and enough for the registers.
-const PANEL: usize = 32;
 
 /// What a thread reads before it multiplies: of few members long parts, that are worth a read.
 const NEAR: usize = 4 << 20;
@@ -39,8 +33,9 @@ impl Parameters {
     /// What `entries` takes, in bytes.
     pub(super) fn need(&self, joint: &Joint) -> usize {
         let (n, rank) = (joint.holders.len(), widest(joint));
-        let read = self.pieces * PIECE.next_multiple_of(rank);
-        n * read * 4 + 2 * read * 4 + n * n * 8 + PANEL * n * 4
+        let (n, read) = (n.next_multiple_of(SIDE), self.pieces * PIECE.next_multiple_of(rank));
+        (n * stride(read) + 2 * read) * size_of::<f32>()
+            + n * n * (size_of::<f64>() + size_of::<Entry>())
     }
 
     /// The inner products of all pairs of a module's holders, of each pair once.
@@ -51,55 +46,85 @@ impl Parameters {
         room: &mut Room,
     ) -> Result<Vec<Entry>> {
         let n = joint.holders.len();
-        let mut sum = Mat::<f64>::zeros(n, n);
+        let count = n.next_multiple_of(SIDE);
+        let mut sums = vec![0.0; count * count];
         let rank = widest(joint);
+        let padded = Padded { reader, rank, columns: joint.columns() };
         for (factor, length, unit) in
             [(Factor::A, rank * joint.columns(), 1), (Factor::B, joint.outer * rank, rank)]
         {
             let piece = (PIECE / unit).max(1) * unit;
             for start in (0..length).step_by(self.pieces * piece) {
                 let columns = start..length.min(start + self.pieces * piece);
-                let width = columns.len();
+                let stride = stride(columns.len());
                 let rows = &mut room.rows[0];
-                rows.clear();
-                rows.resize(n * width, 0.0);
-                for (share, row) in joint.holders.iter().zip(rows.chunks_exact_mut(width)) {
-                    if share.rank == rank {
-                        reader.read(*share, factor, columns.clone(), &mut room.bytes, row)?;
-                        continue;
-                    }
-                    match factor {
-                        // The rows of A that it has are the first.
-                        Factor::A => {
-                            let own = share.rank * joint.columns();
-                            let own = columns.start.min(own)..columns.end.min(own);
-                            let row = &mut row[..own.len()];
-                            reader.read(*share, factor, own, &mut room.bytes, row)?;
-                        }
-                        // So are the columns of B.
-                        Factor::B => {
-                            let own =
-                                columns.start / rank * share.rank..columns.end / rank * share.rank;
-                            room.own.resize(own.len(), 0.0);
-                            reader.read(*share, factor, own, &mut room.bytes, &mut room.own)?;
-                            for (padded, own) in
-                                row.chunks_exact_mut(rank).zip(room.own.chunks_exact(share.rank))
-                            {
-                                padded[..share.rank].copy_from_slice(own);
-                            }
-                        }
-                    }
+                // A load that lies in two lines of a cache takes twice as long.
+                rows.resize(rows.len().max(LANES + count * stride), 0.0);
+                let first = rows.as_ptr().align_offset(LANES * size_of::<f32>()).min(LANES);
+                let rows = &mut rows[first..first + count * stride];
+                let (held, none) = rows.split_at_mut(n * stride);
+                none.fill(0.0);
+                for (share, row) in joint.holders.iter().zip(held.chunks_exact_mut(stride)) {
+                    let (row, behind) = row.split_at_mut(columns.len());
+                    behind.fill(0.0);
+                    let buffers = (&mut room.bytes, &mut room.own);
+                    padded.read(*share, factor, columns.clone(), buffers, row)?;
                 }
-                let rows = MatRef::from_row_major_slice(&rows[..], n, width);
-                for from in (0..width).step_by(piece) {
+                let width = columns.len().next_multiple_of(LANES);
+                for from in (0..width).step_by(PIECE) {
                     reader.go_on()?;
-                    add_products(rows.subcols(from, piece.min(width - from)), &mut sum);
+                    (kernel().add_gram)(&mut sums, rows, stride, from..width.min(from + PIECE));
                 }
             }
         }
         let place = |i: usize| joint.holders[i].adapter;
-        let entry = |i: usize, j: usize| (place(i), place(j), sum[(j, i)]);
+        let entry = |i: usize, j: usize| (place(i), place(j), sums[i * count + j]);
         Ok((0..n).flat_map(|i| (0..=i).map(move |j| (i, j))).map(|(i, j)| entry(i, j)).collect())
+    }
+}
+
+/// Factors as they would be at the largest rank of a module's holders.
+struct Padded<'a> {
+    reader: &'a Reader<'a>,
+    rank: usize,
+    /// Of A.
+    columns: usize,
+}
+
+impl Padded<'_> {
+    fn read(
+        &self,
+        share: Share,
+        factor: Factor,
+        range: Range<usize>,
+        (bytes, own): (&mut Vec<u8>, &mut Vec<f32>),
+        row: &mut [f32],
+    ) -> Result<()> {
+        if share.rank == self.rank {
+            return self.reader.read(share, factor, range, bytes, row);
+        }
+        row.fill(0.0);
+        match factor {
+            // The rows of A that it has are the first.
+            Factor::A => {
+                let end = share.rank * self.columns;
+                let range = range.start.min(end)..range.end.min(end);
+                let row = &mut row[..range.len()];
+                self.reader.read(share, factor, range, bytes, row)
+            }
+            // So are the columns of B.
+            Factor::B => {
+                let range =
+                    range.start / self.rank * share.rank..range.end / self.rank * share.rank;
+                own.resize(range.len(), 0.0);
+                self.reader.read(share, factor, range, bytes, own)?;
+                for (row, own) in row.chunks_exact_mut(self.rank).zip(own.chunks_exact(share.rank))
+                {
+                    row[..share.rank].copy_from_slice(own);
+                }
+                Ok(())
+            }
+        }
     }
 }
 
@@ -108,16 +133,8 @@ fn widest(joint: &Joint) -> usize {
     joint.holders.iter().map(|share| share.rank).max().unwrap_or(1)
 }
 
-/// Add ⟨row i, row j⟩ to `sum[(j, i)]` for j ≤ i.
-fn add_products(rows: MatRef<'_, f32>, sum: &mut Mat<f64>) {
-    for start in (0..rows.nrows()).step_by(PANEL) {
-        let panel = rows.subrows(start, PANEL.min(rows.nrows() - start));
-        let before = rows.subrows(0, start + panel.nrows());
-        // A column for each row of the panel, as `sum` has it.
-        let products = product32(before, panel.transpose());
-        for (i, column) in products.col_iter().enumerate() {
-            let sums = sum.col_mut(start + i).subrows_mut(0, start + i + 1);
-            sums.iter_mut().zip(column.iter()).for_each(|(sum, x)| *sum += f64::from(*x));
-        }
-    }
+/// How far apart rows begin: zeros behind each make whole lanes of it, and keep rows from the same
+/// few places of a cache.
+fn stride(width: usize) -> usize {
+    width.next_multiple_of(LANES) + LANES
 }

@@ -1,5 +1,8 @@
 //! The definitions: plain loops, written so that a compiler can widen them.
 
+use std::ops::Range;
+
+use super::LANES;
 use crate::{Dtype, dtype::BLOCK};
 
 /// See [`super::AddProducts`].
@@ -69,6 +72,55 @@ fn add_blocks(sums: &mut [f32], stride: usize, rows: &[&[u8]], weights: &[f32]) 
 fn unpacked(block: &[u8; 2 + BLOCK]) -> (f32, &[u8]) {
     let (scale, numbers) = block.split_at(2);
     (from_f16([scale[0], scale[1]]), numbers)
+}
+
+/// See [`super::AddGram`].
+#[inline(always)]
+pub(super) fn add_gram(sums: &mut [f64], rows: &[f32], stride: usize, columns: Range<usize>) {
+    /// Rows by rows whose sums a processor of 128 bits keeps in its registers.
+    const SIDE: usize = 2;
+    let n = rows.len() / stride;
+    let row = |i: usize| rows[i * stride..][columns.clone()].as_chunks::<LANES>().0;
+    for (i, j) in tiles(n, SIDE) {
+        let (left, right) = ([row(i), row(i + 1)], [row(j), row(j + 1)]);
+        let mut tile = [[[0.0; LANES]; SIDE]; SIDE];
+        for at in 0..columns.len() / LANES {
+            for (tile, left) in tile.iter_mut().zip(left) {
+                for (tile, right) in tile.iter_mut().zip(right) {
+                    for lane in 0..LANES {
+                        tile[lane] = left[at][lane].mul_add(right[at][lane], tile[lane]);
+                    }
+                }
+            }
+        }
+        for (row, tile) in tile.iter().enumerate() {
+            for (column, lanes) in tile.iter().enumerate() {
+                sums[(i + row) * n + j + column] += f64::from(added(*lanes));
+            }
+        }
+    }
+}
+
+/// Where the tiles of the lower triangle of n × n begin, the diagonal among them: so that the rows
+/// of a tile stay in the L1 cache, and those of 64 columns in the L2 cache, while they are used.
+pub(super) fn tiles(n: usize, side: usize) -> impl Iterator<Item = (usize, usize)> {
+    const NEAR: usize = 64;
+    (0..n).step_by(NEAR).flat_map(move |near| {
+        (near..n).step_by(side).flat_map(move |i| {
+            (near..n.min(near + NEAR).min(i + side)).step_by(side).map(move |j| (i, j))
+        })
+    })
+}
+
+/// The sum of all lanes, by halves.
+#[inline(always)]
+fn added(mut lanes: [f32; LANES]) -> f32 {
+    for half in [8, 4, 2, 1] {
+        for lane in 0..half {
+            lanes[lane] += lanes[lane + half];
+        }
+    }
+    lanes[0]
 }
 
 /// See [`super::Widen`].

@@ -1,13 +1,13 @@
-//! The sums for wider registers, by hand: the compiler keeps a tile of them in registers only by luck
-//! (a benchmark saw a factor of five).
+//! Sums and inner products for wider registers, by hand: the compiler keeps a tile of them in registers
+//! only by luck (a benchmark saw a factor of five).
 #![expect(
     unsafe_code,
     reason = "loads and stores of vectors, within bounds that are checked first"
 )]
 
-use std::arch::x86_64::*;
+use std::{arch::x86_64::*, ops::Range};
 
-use super::scalar;
+use super::{LANES, scalar};
 use crate::{Dtype, dtype::BLOCK};
 
 /// `super::AddProducts` for the types in `$dtype`, each loaded by `$load` from a row's column `$at`,
@@ -148,4 +148,76 @@ add_products!(
         let numbers = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(numbers));
         _mm512_mul_ps(numbers, _mm512_cvtph_ps(scale))
     };
+);
+
+/// `super::AddGram`, with tiles of `$side` rows by as many, of `$vectors` vectors of `$lanes` lanes each.
+macro_rules! add_gram {
+    (
+        $name:ident, $features:literal, $side:literal, $vectors:literal x $lanes:literal,
+        $zero:ident, $load:ident, $fma:ident, $added:ident
+    ) => {
+        #[target_feature(enable = $features)]
+        pub(super) fn $name(sums: &mut [f64], rows: &[f32], stride: usize, columns: Range<usize>) {
+            const _: () = assert!($vectors * $lanes == LANES);
+            let n = rows.len() / stride;
+            assert!(n % $side == 0 && columns.end <= stride && columns.len() % LANES == 0);
+            for (i, j) in scalar::tiles(n, $side) {
+                let mut kept = [[[$zero(); $vectors]; $side]; $side];
+                // SAFETY: there are rows up to `i + $side` and `j + $side`, of `stride` numbers, and
+                // `columns`, in whole vectors, lie within them, as was asserted.
+                unsafe {
+                    let at = |row: usize| rows.as_ptr().add(row * stride);
+                    let (left, right) = (at(i), at(j));
+                    for column in columns.clone().step_by(LANES) {
+                        for v in 0..$vectors {
+                            let column = column + v * $lanes;
+                            let mut x = [$zero(); $side];
+                            for s in 0..$side {
+                                x[s] = $load(right.add(s * stride + column));
+                            }
+                            for r in 0..$side {
+                                let y = $load(left.add(r * stride + column));
+                                for s in 0..$side {
+                                    kept[r][s][v] = $fma(y, x[s], kept[r][s][v]);
+                                }
+                            }
+                        }
+                    }
+                }
+                for r in 0..$side {
+                    for s in 0..$side {
+                        sums[(i + r) * n + j + s] += f64::from($added(kept[r][s]));
+                    }
+                }
+            }
+        }
+    };
+}
+
+/// `scalar::added` of the lower and the upper half of the lanes.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn added_avx2([low, high]: [__m256; 2]) -> f32 {
+    let eight = _mm256_add_ps(low, high);
+    let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+    let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+}
+
+/// The same of all lanes.
+#[inline]
+#[target_feature(enable = "avx512f,avx2")]
+fn added_avx512([lanes]: [__m512; 1]) -> f32 {
+    let high = _mm512_extractf64x4_pd::<1>(_mm512_castps_pd(lanes));
+    added_avx2([_mm512_castps512_ps256(lanes), _mm256_castpd_ps(high)])
+}
+
+add_gram!(
+    add_gram_avx2, "avx2,fma", 2, 2 x 8,
+    _mm256_setzero_ps, _mm256_loadu_ps, _mm256_fmadd_ps, added_avx2
+);
+
+add_gram!(
+    add_gram_avx512, "avx512f", 4, 1 x 16,
+    _mm512_setzero_ps, _mm512_loadu_ps, _mm512_fmadd_ps, added_avx512
 );
