@@ -5,7 +5,8 @@
 
 The bank is packed by `lorameta-rs convert --to gguf --dtype q8_0` first, and what that costs of ΔW
 is computed in float64, of single members and of a merge. Then merges of both banks take turns, with
-nothing of them in the page cache and with all of it; the fastest of each is shown, and their ratio.
+nothing of them in the page cache and with all of it; the fastest of each is shown, and their ratio,
+beside that of plain reads of the same files, one after another.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -89,6 +91,24 @@ def timed(bank: Bank, weights: Matrix, options: Options, cold: bool) -> float:
         return time.perf_counter() - start
 
 
+def timed_read(bank: Bank, cold: bool) -> float:
+    """Seconds that all files take to read, in pieces of 64 KiB, with two threads for each core."""
+    paths = [Path(member.adapter.path) for member in bank.members]
+
+    def read(path: Path) -> None:
+        buffer = bytearray(1 << 16)
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+    if cold:
+        empty_cache(paths)
+    with ThreadPoolExecutor(2 * (os.cpu_count() or 1)) as pool:
+        start = time.perf_counter()
+        list(pool.map(read, paths))
+        return time.perf_counter() - start
+
+
 def empty_cache(paths: Sequence[Path]) -> None:
     """Have nothing of these files in the page cache, and leave there what is others'."""
     os.sync()  # what is still to be written cannot be dropped
@@ -116,10 +136,13 @@ def main() -> None:
         size, small_size = (sum(m.adapter.size for m in one.members) for one in (bank, small))
         print(f"size: {small_size / 1e9:.3f} GB, of {size / 1e9:.3f}: {small_size / size:.3f}")
         for state, rounds in ROUNDS.items():
-            run = partial(timed, weights=weights, options=options, cold=state == "cold")
-            pairs = [(run(bank), run(small)) for _ in range(rounds)]
-            whole, less = map(min, zip(*pairs, strict=True))
-            print(f"{state}: {whole:.3f} s, packed {less:.3f} s: {whole / less:.2f} times as fast")
+            cold = state == "cold"
+            run = partial(timed, weights=weights, options=options, cold=cold)
+            for what, seconds in (("merge", run), ("read", partial(timed_read, cold=cold))):
+                pairs = [(seconds(bank), seconds(small)) for _ in range(rounds)]
+                whole, less = map(min, zip(*pairs, strict=True))
+                ratio = f"{whole / less:.2f} times as fast"
+                print(f"{state} {what}: {whole:.3f} s, packed {less:.3f} s: {ratio}")
 
 
 if __name__ == "__main__":

@@ -84,7 +84,8 @@ macro_rules! add_products {
                     assert!(sums.len() >= (targets - 1) * stride + columns);
                     let wide = columns - columns % WIDTH;
                     // A tile of the rows stays in the L1 cache while all targets use it.
-                    for at in (0..wide).step_by(WIDTH) {
+                    for tile in 0..columns / WIDTH {
+                        let at = tile * WIDTH; // said so that blocks are found without a division
                         let mut k = 0;
                         while k < targets {
                             if targets - k >= 4 {
