@@ -6,7 +6,7 @@ use crate::{
     dtype::BLOCK,
     error::{Error, Result},
     joint::{Joint, Share},
-    source::Io,
+    source::{HUGE, Io},
     tensor::Tensor,
 };
 
@@ -135,7 +135,9 @@ impl Plan {
         let extra = held().map(|holder| bank.tensor(*holder).extra()).max().unwrap_or(0);
         let fixed = group * (STRIP * 4 + 128) + targets * 2 * LINE * 4 + extra;
         let share = options.memory / threads;
-        let fits = share.saturating_sub(fixed) / (row + sum);
+        // Of mapped files also what is mapped before and behind a run; by less of it, in a small budget.
+        let mapped = if io == Io::Mmap { (group * HUGE).min(share / 2) } else { 0 };
+        let fits = share.saturating_sub(fixed + mapped) / (row + sum);
         if fits < SHORTEST.min(total) {
             let needed = threads * (fixed + SHORTEST * (row + sum));
             return Err(Error::Memory {
@@ -154,12 +156,12 @@ impl Plan {
         let turn = total.div_ceil(8 * threads).max(WRITTEN).next_multiple_of(TILE);
         let length = fits.min(longest).min(turn);
         let length = length - length % TILE.min(length.max(1));
-        let room = share.saturating_sub(fixed + length * row) / (sum * length.max(1));
+        let room = share.saturating_sub(fixed + mapped + length * row) / (sum * length.max(1));
         let near = SUMMED / (sum * length.max(1));
         let together = (turn / length.max(1)).min(near).clamp(1, room.max(1));
         Ok(Self {
             bytes,
-            memory: threads * (fixed + length * row + together * length * sum),
+            memory: threads * (fixed + mapped + length * row + together * length * sum),
             threads,
             group,
             io,

@@ -15,8 +15,9 @@ pub enum Io {
     Read,
 }
 
-/// The size of a huge page on the systems that use them for files.
-const HUGE: usize = 2 << 20;
+/// The size of a huge page on the systems that use them for files. Some map all of it at the first
+/// touch, and so up to one more than what is used.
+pub(crate) const HUGE: usize = 2 << 20;
 
 /// One open file.
 pub(crate) enum Source {
@@ -131,6 +132,16 @@ pub(crate) fn begin_flush(file: &File, start: u64, length: usize) {
     }
     #[cfg(not(target_os = "linux"))]
     let _ = (file, start, length);
+}
+
+/// Give the memory back that was let go: glibc keeps it, and where matrices of many sizes come and go
+/// that adds up to several times what is in use.
+pub(crate) fn trim() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    {
+        // SAFETY: no memory is touched that is in use.
+        let _ = unsafe { libc::malloc_trim(0) };
+    }
 }
 
 #[cfg(unix)]
