@@ -199,12 +199,16 @@ def write_bank(golden, base, folder):
 
 def test_a_packed_bank_stands_on_its_own(lorameta, golden, base, tmp_path):
     bank = write_bank(golden, base, tmp_path / "bank")
+    families = {"a_r8": 'so "called"', "e_r16": "größer"}
+    lines = [f"{name} = {family!r}" for name, family in families.items()]
+    text = "\n".join(["[families]", *lines, "[datasets]", "b_r8 = 'b_r8/train.txt'"])
+    (bank / "bank.toml").write_text(text, encoding="utf-8")
     packed = tmp_path / "packed"
     command = ["convert", bank, "-o", packed, "--to", "gguf", "--base-config", base]
     status, _, err = lorameta(*command)
     assert status == 0, err
     assert sorted(path.name for path in packed.iterdir()) == [
-        *("a_r8", "b_r8", "e_r16", "tokenizer.json"),
+        *("a_r8", "b_r8", "bank.toml", "e_r16", "tokenizer.json"),
     ]
     assert sorted(path.name for path in (packed / "a_r8").iterdir()) == [
         *("adapter.gguf", "fingerprint.safetensors"),
@@ -214,6 +218,9 @@ def test_a_packed_bank_stands_on_its_own(lorameta, golden, base, tmp_path):
     assert here.names == there.names
     assert there.unfingerprinted() == {}
     assert there.base_model == here.base_model
+    # The datasets stayed where they were, and the base is known from now on.
+    assert (there.families, there.settings.datasets) == (families, {})
+    assert there.base == {"architecture": "llama", "heads": 4, "kv_heads": 2}
     np.testing.assert_array_equal(here.fingerprints.counts, there.fingerprints.counts)
     status, _, err = lorameta("merge", packed, bank / "a_r8" / "train.txt", "-o", tmp_path / "out")
     assert status == 0, err
@@ -238,7 +245,7 @@ def test_a_bank_of_adapters_alone_is_packed_too(lorameta, golden, base, tmp_path
         *("convert", bank, "-o", again, "--to", "gguf", "--base-config", base)
     )
     assert (status, "b_r8" in err) == (0, True), err
-    assert sorted(path.name for path in again.iterdir()) == ["a_r8", "tokenizer.json"]
+    assert sorted(path.name for path in again.iterdir()) == ["a_r8", "bank.toml", "tokenizer.json"]
 
 
 @pytest.mark.parametrize("method", ["cat", "svd"])

@@ -85,12 +85,12 @@ class Bank:
         self.columns = None if columns is None else _several(columns)
         self._fingerprints_folder = None if fingerprints is None else Path(fingerprints)
         self._kept = BankFingerprints(self, self._fingerprints_folder)
-        self._settings = BankSettings.load(self.folder)
+        self.settings = BankSettings.load(self.folder)
         self.members: list[Member] = []
         self.left_out: dict[str, LoraMetaError] = {}
         self.notes: list[str] = []
         present = member_folders(self.folder)
-        self.notes += self._settings.doubts(self.folder, [one.name for one in present])
+        self.notes += self.settings.doubts(self.folder, [one.name for one in present])
         self.generated = [one.name for one in present if self._is_generated(one)]
         if len(self.generated) == len(present):
             self.generated = []
@@ -137,7 +137,7 @@ class Bank:
             MissingFile: The bank has none.
         """
         if not self.has_tokenizer:
-            named = self._settings.tokenizer is not None
+            named = self.settings.tokenizer is not None
             reason = (
                 "there is no such tokenizer, which `bank.toml` names"
                 if named
@@ -154,7 +154,7 @@ class Bank:
 
     @property
     def _tokenizer_path(self) -> Path:
-        return self.folder / (self._settings.tokenizer or TOKENIZER)
+        return self.folder / (self.settings.tokenizer or TOKENIZER)
 
     @cached_property
     def fingerprints(self) -> Fingerprints:
@@ -194,7 +194,7 @@ class Bank:
     @property
     def base(self) -> dict[str, str | int]:
         """What `bank.toml` says of the base model: its architecture and its heads."""
-        return self._settings.base
+        return self.settings.base
 
     @property
     def index_path(self) -> Path:
@@ -203,7 +203,7 @@ class Bank:
 
     def dataset(self, member: Member) -> Path | None:
         """A member's dataset, if it has one."""
-        named = self._settings.datasets.get(member.name)
+        named = self.settings.datasets.get(member.name)
         return dataset.find(member.folder) if named is None else self.folder / named
 
     def columns_of(self, member: Member) -> tuple[str, ...] | None:
@@ -223,7 +223,7 @@ class Bank:
     @property
     def families(self) -> dict[str, str]:
         """The members' families, as `bank.toml` has them."""
-        return self._settings.families
+        return self.settings.families
 
     def without(self, names: Iterable[str]) -> Bank:
         """The same bank without some of its members."""
@@ -310,7 +310,7 @@ class Bank:
             with files.refusals(folder):
                 return (
                     (folder / PROVENANCE).exists()
-                    and folder.name not in self._settings.datasets
+                    and folder.name not in self.settings.datasets
                     and self._kept.file(folder.name) is None
                     and dataset.find(folder) is None
                 )
@@ -321,8 +321,8 @@ class Bank:
         """The base model that members have to be for, None for any."""
         if asked is not None:
             return None if asked == ANY_BASE else asked
-        if self._settings.base_model is not None:
-            return self._settings.base_model
+        if self.settings.base_model is not None:
+            return self.settings.base_model
         said = [member.config.base_model_name_or_path for member in self.members]
         counted = Counter(name for name in said if name is not None)
         return max(counted, key=lambda name: counted[name], default=None)

@@ -1,7 +1,8 @@
-"""`bank.toml`: what a user says of a bank; never written by this program."""
+"""`bank.toml`: what a user says of a bank; written by this program for a copy of the bank alone."""
 
 from __future__ import annotations
 
+import json
 import tomllib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from lorameta_rs import files
 from lorameta_rs.errors import InvalidBank, MissingFile
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Mapping
     from pathlib import Path
 
 FILE_NAME = "bank.toml"
@@ -70,6 +71,24 @@ class BankSettings:
         return cls(
             bank.get("base_model"), bank.get("tokenizer"), datasets, families, base, tuple(unknown)
         )
+
+    @property
+    def toml(self) -> str:
+        """The file's text; empty where nothing is said."""
+        tables: dict[str, Mapping[str, str | int | None]] = {
+            "bank": {"base_model": self.base_model, "tokenizer": self.tokenizer},
+            "base": self.base,
+            "datasets": self.datasets,
+            "families": self.families,
+        }
+        sections = []
+        for name, table in tables.items():
+            # Texts and integers are written alike in JSON and in TOML.
+            said = {key: value for key, value in table.items() if value is not None}
+            lines = [f"{json.dumps(key)} = {json.dumps(value)}" for key, value in said.items()]
+            if lines:
+                sections.append("\n".join([f"[{name}]", *lines]) + "\n")
+        return "\n".join(sections)
 
     @property
     def heads(self) -> tuple[int, int] | None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from lorameta_rs import files
 from lorameta_rs.bank import TOKENIZER
+from lorameta_rs.bank_settings import FILE_NAME, BankSettings
 from lorameta_rs.errors import InvalidSetting
 from lorameta_rs.formats.conversion import write
 from lorameta_rs.index import make_fingerprints
@@ -31,16 +32,16 @@ def pack(
 ) -> int:
     """Write all members of a bank in another format, with all that the new bank needs.
 
-    That is their fingerprints, which are made if they are missing, and the tokenizer: the datasets
-    themselves stay where they are. A bank that has neither fingerprints nor datasets is written
-    without: weights given by hand need none.
+    That is their fingerprints, which are made if they are missing, the tokenizer, and a `bank.toml`
+    with the base and the members' families: the datasets themselves stay where they are. A bank
+    that has neither fingerprints nor datasets is written without: weights given by hand need none.
 
     Args:
         bank: Its members.
         out: The folder to be made; it appears whole or not at all, and replaces nothing.
         to: `peft` or `gguf`: a bank's members are in one of these.
         dtype: As `conversion.write`, and so are `base` and `options`.
-        base: The base model, for `gguf`.
+        base: The base model, for `gguf`; what is known of it is written into the new `bank.toml`.
         options: `memory`, `threads`, `io` and `allow_nan` are used.
         progress: Told each member's name before its turn.
 
@@ -69,7 +70,20 @@ def pack(
         if bank.has_tokenizer:
             with files.reading(bank.tokenizer.path) as file:
                 files.write_whole(stage / TOKENIZER, file.read())
+        settings = _settings(bank, base).toml
+        if settings:
+            files.write_whole(stage / FILE_NAME, settings.encode())
     return size
+
+
+def _settings(bank: Bank, base: Base | None) -> BankSettings:
+    """What is still so in another folder, where no path leads to what it did."""
+    table = {} if base is None else base.table
+    return BankSettings(
+        base_model=bank.settings.base_model,
+        families={name: bank.families[name] for name in bank.names if name in bank.families},
+        base={key: value for key, value in table.items() if value is not None},
+    )
 
 
 def _has_fingerprints_or_datasets(bank: Bank) -> bool:
