@@ -265,14 +265,18 @@ def test_what_has_no_answers_has_no_relations():
     bank = Fingerprints.stack(with_)
     assert distance.applicable("relations, mmd", bank, with_[0]) == ("relations", "mmd")
     assert distance.applicable("relations,mmd", bank, without) == ("mmd",)
-    mixed = Fingerprints.stack([*with_, without])
-    assert distance.applicable("relations,mmd", mixed, with_[0]) == ("mmd",)
+    none = Fingerprints.stack([without, without])
+    assert distance.applicable("relations,mmd", none, with_[0]) == ("mmd",)
     with pytest.raises(InvalidBank, match="no answers apart"):
-        distance.applicable("relations", mixed)
+        distance.applicable("relations", none)
     with pytest.raises(InvalidDataset, match="no answers"):
         distance.relational(bank, without)
-    with pytest.raises(InvalidBank, match="no answers"):
-        distance.relational(mixed, with_[0])
+    with pytest.raises(InvalidBank, match="no dataset of the bank has answers"):
+        distance.relational(none, with_[0])
+    mixed = Fingerprints.stack([*with_, without])
+    assert distance.applicable("relations,mmd", mixed, with_[0]) == ("relations", "mmd")
+    assert distance.relational(mixed, with_[0]).tolist() == [0.0, LN2]
+    np.testing.assert_array_equal(distance.pairwise("relations", mixed), [[0, LN2], [LN2, 0]])
     for metrics, words in (("relation", "metric `relation`"), ("js,js", "named twice")):
         with pytest.raises(InvalidSetting, match=words):
             distance.applicable(metrics, bank)

@@ -192,19 +192,26 @@ def test_distances_of_several_metrics_are_added_up_in_standard_deviations(bank, 
     assert found.relevance.percentile == pytest.approx(100 * np.mean(shares))
 
 
-def test_relations_are_left_out_of_datasets_without_answers(bank, target):
+def test_relations_where_some_or_all_datasets_have_no_answers(bank, target):
     assert Settings().metric == "relations,mmd"
     found = bank.rank(target)
     assert found.settings.metric == "mmd"
     assert found.note == (
         "`relations` is left out: the new dataset's rows do not tell answers from inputs"
     )
+    assert bank.rank(target, metric="mmd").note is None
+    np.testing.assert_array_equal(found.distances, bank.rank(target, metric="mmd").distances)
     with_ = replace(target, relations=np.ones(len(NAMES), np.uint64))
     assert bank.rank(with_).note == (
         "`relations` is left out: the rows of `a` and 4 others do not tell answers from inputs"
     )
-    assert bank.rank(target, metric="mmd").note is None
-    np.testing.assert_array_equal(found.distances, bank.rank(target, metric="mmd").distances)
+    bank.keep("b", replace(bank.fingerprint(bank.members[1]), relations=with_.relations))
+    found = bank.rank(with_)
+    assert found.settings.metric == "relations,mmd"
+    assert found.note == (
+        "`relations` finds nothing in common with some members: the rows of `a` and 3 others do not "
+        "tell answers from inputs"
+    )
 
 
 def test_the_papers_setting():

@@ -121,10 +121,11 @@ def relational(fingerprints: Fingerprints, target: Fingerprint) -> Floats:
     """Jensen-Shannon divergence of how answers come from inputs (`relations`): what is done.
 
     Returns:
-        float64 [n], in nats: 0 for equal distributions, ln 2 at most.
+        float64 [n], in nats: 0 for equal distributions, ln 2 at most, and for a dataset that has no
+        answers apart from its inputs.
 
     Raises:
-        InvalidBank: A dataset of the bank has no answers apart from its inputs.
+        InvalidBank: No dataset of the bank has answers.
         InvalidDataset: The new dataset has none.
     """
     return jensen_shannon(_of_relations(fingerprints), _target_relations(target))
@@ -166,7 +167,8 @@ def applicable(
 ) -> tuple[str, ...]:
     """Of metrics separated by commas, those that have something to say of these datasets.
 
-    All have, but for `relations` and parts of datasets that have no answers.
+    All have, but for parts of datasets that have no answers, and `relations` where the new one or
+    all of the bank have none.
 
     Raises:
         InvalidSetting: There is no such metric, or one is named twice.
@@ -269,7 +271,7 @@ def pairwise(
 
     Raises:
         InvalidSetting: No such metric.
-        InvalidBank: A row has no tokens, or no relations where the metric is of them.
+        InvalidBank: A row has no tokens, or none has relations where the metric is of them.
     """
     name, part = _parted(metric)
     if name == "vectors":
@@ -297,7 +299,9 @@ def _of_relations(fingerprints: Fingerprints) -> Fingerprints:
     """The relations of a bank as fingerprints of their own."""
     counts = fingerprints.relations
     if counts is None:
-        raise InvalidBank("metric `relations`: a dataset of the bank has no answers")
+        raise InvalidBank("metric `relations`: no dataset of the bank has answers")
+    # Without answers, a dataset has a column of its own: so it is like none that has some.
+    counts = np.column_stack([counts, ~counts.any(axis=1)])
     rows, ids = np.nonzero(counts)
     return replace(
         fingerprints,
@@ -317,5 +321,5 @@ def _target_relations(target: Fingerprint) -> Fingerprint:
         target,
         ids=ids.astype(np.uint32),
         counts=target.relations[ids],
-        vocab_size=len(target.relations),
+        vocab_size=len(target.relations) + 1,
     )

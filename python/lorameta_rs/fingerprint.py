@@ -201,8 +201,8 @@ class Fingerprints:
 
     Row i has its ids in `ids[indptr[i]:indptr[i + 1]]` (uint32, ascending, distinct) and its
     counts in the same places of `counts` (uint64); `vocab_size` is the number of columns.
-    `relations` [rows, len(relations.NAMES)] is None where any of the datasets has none. `rows` are
-    the fingerprints that it was stacked of, which have the rest.
+    `relations` [rows, len(relations.NAMES)] has zeros for a dataset without answers, and is None
+    where none has any. `rows` are the fingerprints that it was stacked of, which have the rest.
     """
 
     indptr: NDArray[np.int64]
@@ -233,13 +233,14 @@ class Fingerprints:
                     f"fingerprint {i} was made with another tokenizer than fingerprint 0: "
                     f"{other.identity}, not {first.identity}"
                 )
-        relations = [one.relations for one in fingerprints if one.relations is not None]
+        without = np.zeros(len(NAMES), np.uint64)
+        relations = [without if one.relations is None else one.relations for one in fingerprints]
         return cls(
             indptr=np.cumsum([0, *(len(one.ids) for one in fingerprints)], dtype=np.int64),
             ids=_joined([one.ids for one in fingerprints]),
             counts=_joined([one.counts for one in fingerprints]),
             vocab_size=first.vocab_size,
-            relations=np.stack(relations) if len(relations) == len(fingerprints) else None,
+            relations=np.stack(relations) if any(row is not without for row in relations) else None,
             rows=fingerprints,
         )
 

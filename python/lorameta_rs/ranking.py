@@ -106,7 +106,7 @@ def rank(bank: Bank, target: Fingerprint, settings: Settings | None = None) -> R
     chosen = chosen * _checked_scale(settings.scale)
     own = [None if compat is not None else nearest_distances(bank, name) for name in metrics]
     about = relevance(bank.names, combined, chosen, percentile(every, own))
-    note = _left_out(asked, metrics, bank, target)
+    note = _note(asked, metrics, bank, target)
     return Ranking(bank.names, combined, similarity, chosen, about, settings, note)
 
 
@@ -144,17 +144,20 @@ def _checked_scale(scale: float) -> float:
     return scale
 
 
-def _left_out(asked: str, metrics: Sequence[str], bank: Bank, target: Fingerprint) -> str | None:
-    """Which metrics say nothing of these datasets, and why."""
+def _note(asked: str, metrics: Sequence[str], bank: Bank, target: Fingerprint) -> str | None:
+    """What metrics cannot say of these datasets, and why."""
     names = [name.strip() for name in asked.split(distance.SEPARATOR)]
     idle = [f"`{name}`" for name in names if name not in metrics]
-    if not idle:
+    without = bank.without_answers
+    if not idle and not ("relations" in metrics and without):
         return None
     if target.relations is None:
         whose = "the new dataset's rows do"
     else:
-        first, *others = bank.without_answers
+        first, *others = without
         more = f" and {len(others)} others" if others else ""
         whose = f"the rows of `{first}`{more} do"
-    verb = "is" if len(idle) == 1 else "are"
-    return f"{', '.join(idle)} {verb} left out: {whose} not tell answers from inputs"
+    what = f"{', '.join(idle)} {'is' if len(idle) == 1 else 'are'} left out"
+    if not idle:
+        what = "`relations` finds nothing in common with some members"
+    return f"{what}: {whose} not tell answers from inputs"
