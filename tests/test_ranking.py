@@ -209,8 +209,8 @@ def test_relations_where_some_or_all_datasets_have_no_answers(bank, target):
     found = bank.rank(with_)
     assert found.settings.metric == "relations,mmd"
     assert found.note == (
-        "`relations` finds nothing in common with some members: the rows of `a` and 3 others do not "
-        "tell answers from inputs"
+        "`relations` finds nothing in common with some members: the rows of `a` and 3 others do "
+        "not tell answers from inputs"
     )
 
 
