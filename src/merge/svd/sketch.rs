@@ -19,6 +19,9 @@ use crate::{
 /// Columns of the sketch beside the rank.
 const OVERSAMPLING: usize = 8;
 
+/// Random columns beside those of the sketch, by which what it misses is measured.
+const PROBES: usize = 8;
+
 /// How sums are sketched.
 pub(super) struct Sketch {
     pub(super) rank: usize,
@@ -39,7 +42,8 @@ impl Sketch {
         let sides = joint.columns() + joint.outer;
         let most = joint.holders.iter().map(|share| share.rank).max().unwrap_or(0);
         // Sums and random numbers in float32; what is made orthonormal, in float64, with its QR.
-        let held = width * (4 * (targets + 1) * sides + 24 * joint.columns().max(joint.outer));
+        let held = (width + PROBES) * 4 * (targets + 1) * sides
+            + (width + PROBES) * 24 * joint.columns().max(joint.outer);
         held + most * sides * 8 + 4 * targets * self.rank * sides
     }
 
@@ -61,21 +65,13 @@ impl Sketch {
         let dora = weight.map(measure).transpose()?;
         let pass = Pass { reader, terms, joint, dora };
         let width = self.width(joint);
-        let random = gaussian(self.seed, &joint.module.name, joint.columns(), width);
-        let mut ranges = pass.forward(&vec![random; terms.targets()], bytes)?;
-        // E ‖ΔW Ω‖² = ‖ΔW‖² for each column of Ω.
-        let squares = |range: &Mat<f32>| -> f64 {
-            let all = (0..range.ncols()).flat_map(|j| range.col(j).iter());
-            all.map(|&x| f64::from(x).powi(2)).sum()
-        };
-        let energies = match &pass.dora {
-            Some(dora) => dora.energies.clone(),
-            None => ranges.iter().map(|y| squares(y) / width as f64).collect(),
-        };
-        let basis = |range: &Mat<f32>| {
-            let wide = Mat::from_fn(range.nrows(), range.ncols(), |i, j| f64::from(range[(i, j)]));
-            orthonormal(wide.as_ref())
-        };
+        let random = gaussian(self.seed, &joint.module.name, joint.columns(), width + PROBES);
+        let both = pass.forward(&vec![random; terms.targets()], bytes)?;
+        let part = |from, count| both.iter().map(move |y| y.subcols(from, count).to_owned());
+        let (mut ranges, probes): (Vec<_>, Vec<_>) =
+            (part(0, width).collect(), part(width, PROBES).collect());
+        drop(both);
+        let basis = |range: &Mat<f32>| orthonormal(wide(range).as_ref());
         let narrow = |q: &Mat<f64>| Mat::from_fn(q.nrows(), q.ncols(), |i, j| q[(i, j)] as f32);
         for _ in 0..self.iterations {
             let left: Vec<Mat<f32>> = ranges.iter().map(|y| narrow(&basis(y))).collect();
@@ -85,14 +81,33 @@ impl Sketch {
         }
         let left: Vec<Mat<f32>> = ranges.iter().map(|y| narrow(&basis(y))).collect();
         let projected = pass.backward(&left, bytes)?;
-        let both = left.iter().zip(&projected).zip(energies);
-        both.map(|((q, z), energy)| low(q, z, rank, energy)).collect()
+        let lows = left.iter().zip(&projected).zip(&probes).enumerate();
+        lows.map(|(target, ((q, z), probes))| {
+            let mut low = low(q, z, rank)?;
+            low.energy = match &pass.dora {
+                Some(dora) => dora.energies[target],
+                None => low.values.iter().map(|s| s * s).sum::<f64>() + missed(q, probes),
+            };
+            Ok(low)
+        })
+        .collect()
     }
 }
 
-/// ΔW ≈ Q Zᵀ, to rank `rank`.
-fn low(q: &Mat<f32>, z: &Mat<f32>, rank: usize, energy: f64) -> Result<Low> {
-    let wide = |m: &Mat<f32>| Mat::from_fn(m.nrows(), m.ncols(), |i, j| f64::from(m[(i, j)]));
+/// An estimate of ‖(1 − Q Qᵀ) ΔW‖²: for a random column p that Q does not depend on, it is the
+/// expectation of ‖(1 − Q Qᵀ) ΔW p‖². What Q has is known, so that only the rest is guessed.
+fn missed(q: &Mat<f32>, probes: &Mat<f32>) -> f64 {
+    let (q, probes) = (wide(q), wide(probes));
+    let inside = product(q.as_ref(), product(q.transpose(), probes.as_ref()).as_ref());
+    (probes - inside).squared_norm_l2() / PROBES as f64
+}
+
+fn wide(matrix: &Mat<f32>) -> Mat<f64> {
+    Mat::from_fn(matrix.nrows(), matrix.ncols(), |i, j| f64::from(matrix[(i, j)]))
+}
+
+/// ΔW ≈ Q Zᵀ, to rank `rank`; its energy is left to be said.
+fn low(q: &Mat<f32>, z: &Mat<f32>, rank: usize) -> Result<Low> {
     let z = decompose(wide(z).as_ref())?;
     let rank = rank.min(z.values.iter().filter(|&&s| s > z.values[0] * 1e-7).count());
     let b = product(wide(q).as_ref(), z.v.subcols(0, rank));
@@ -103,7 +118,7 @@ fn low(q: &Mat<f32>, z: &Mat<f32>, rank: usize, energy: f64) -> Result<Low> {
         }
         rows
     };
-    Ok(Low { a: rows(z.u.as_ref()), b: rows(b.as_ref()), values: z.values, energy })
+    Ok(Low { a: rows(z.u.as_ref()), b: rows(b.as_ref()), values: z.values, energy: 0.0 })
 }
 
 /// Products with every target's ΔW, in one pass over a module's factors.

@@ -153,21 +153,23 @@ fn a_share_of_the_energy_chooses_the_rank_that_every_module_needs() {
     for share in [0.3, 0.9, 1.0] {
         let (_, kept) = case.svd(&terms, Rank::Energy(share), Options::default()).unwrap();
         for ((rank, kept), coefficients) in kept.iter().zip(rows()) {
-            let needed = |module: &&str| {
-                let exact = case.exact(&specs, &coefficients, module);
-                let s: Vec<f64> = exact.singular_values().unwrap();
-                let total: f64 = s.iter().map(|s| s * s).sum();
-                let mut sum = 0.0;
-                let enough = |s: &f64| {
-                    sum += s * s;
-                    sum >= share * total * (1.0 - 1e-9)
-                };
-                s.iter().position(enough).unwrap() + 1
-            };
+            let needed = |module: &&str| needed(&case.exact(&specs, &coefficients, module), share);
             assert_eq!(*rank, ["q", "v"].iter().map(needed).max().unwrap(), "{share}");
             assert!(kept.iter().all(|k| k.kept >= share * k.energy * (1.0 - 1e-9)));
         }
     }
+}
+
+/// The least rank that keeps a share of a matrix's energy.
+fn needed(matrix: &Mat<f64>, share: f64) -> usize {
+    let s: Vec<f64> = matrix.singular_values().unwrap();
+    let total: f64 = s.iter().map(|s| s * s).sum();
+    let mut sum = 0.0;
+    let enough = |s: &f64| {
+        sum += s * s;
+        sum >= share * total * (1.0 - 1e-9)
+    };
+    s.iter().position(enough).unwrap() + 1
 }
 
 #[test]
@@ -188,8 +190,13 @@ fn a_sketch_comes_near_the_best_and_its_energy_near_the_whole() {
         let error = (of(&found[0], module) - &exact).norm_l2();
         assert!(error <= 1.02 * best, "{error} {best}");
         let energy = exact.squared_norm_l2();
-        assert!(!kept.exact && (kept.energy / energy - 1.0).abs() < 0.5, "{kept:?} {energy}");
+        assert!(!kept.exact && (kept.energy / energy - 1.0).abs() < 0.05, "{kept:?} {energy}");
     }
+    // All of the energy of matrices of at most 96 rows or columns is in the sketch.
+    let share = 0.9;
+    let (_, kept) = case.svd(&terms, Rank::Energy(share), Options::default()).unwrap();
+    let needed = |module: &&str| needed(&case.exact(&specs, &weights, module), share);
+    assert_eq!(kept[0].0, ["q", "v"].iter().map(needed).max().unwrap());
     for threads in [1, 3] {
         for io in [Io::Read, Io::Mmap] {
             let options = Options { threads, io, ..Options::default() };
