@@ -130,6 +130,66 @@ def test_architectures_without_permuted_rows_need_no_heads(lorameta, adapters, t
     assert [module.name for module in adapter.layout.modules] == sorted(deltas(adapters / "a_r8"))
 
 
+FITS = {
+    "model_type": "mistral",
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, None),
+        ({"hidden_size": 64}, "A of q_proj is 32 wide, expected the hidden size, 64"),
+        ({"num_attention_heads": 2, "num_key_value_heads": 1}, None),
+        ({"head_dim": 16}, "q has 32 rows, expected 64, 4 heads of 16"),
+        ({"head_dim": 16, "num_attention_heads": 2, "num_key_value_heads": 1}, None),
+        ({"head_dim": 16, "hidden_size": None}, "q has 32 rows"),
+        ({"head_dim": None}, None),
+        ({"hidden_size": None, "num_attention_heads": 8, "num_key_value_heads": 4}, None),
+        ({"model_type": "qwen3", "head_dim": 4}, "q has 32 rows, expected 16"),
+        ({"hidden_size": "32"}, "no hidden size"),
+    ],
+)
+def test_a_base_of_another_size_is_refused(lorameta, adapters, tmp_path, changes, words):
+    (tmp_path / "config.json").write_text(json.dumps(FITS | changes))
+    out = tmp_path / "out.gguf"
+    given = ["--base-config", tmp_path / "config.json"]
+    status, _, err = lorameta("convert", adapters / "a_r8", "-o", out, "--to", "gguf", *given)
+    assert (status, out.exists()) == ((0, True) if words is None else (1, False)), err
+    assert (words or "") in err
+    if words is not None and "size" not in words:
+        assert str(adapters / "a_r8") in err
+
+
+@pytest.mark.parametrize("model_type", ["gemma", "qwen3"])
+def test_heads_that_are_larger_than_their_share_are_no_other_base(
+    lorameta, make_bank, tmp_path, model_type
+):
+    modules = {
+        f"model.layers.0.self_attn.{name}": shape
+        for name, shape in (("q_proj", (32, 64)), ("k_proj", (32, 32)))
+    }
+    bank = make_bank(["a"], modules=modules).folder
+    config = FITS | {"model_type": model_type}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    given = ["--to", "gguf", "--base-config", tmp_path / "config.json"]
+    status, _, err = lorameta("convert", bank / "a", "-o", tmp_path / "out.gguf", *given)
+    assert status == 0, err
+
+
+def test_a_gguf_base_of_another_size_is_refused(lorameta, golden, make_bank, tmp_path):
+    modules = {"model.layers.0.self_attn.q_proj": (32, 48)}
+    bank = make_bank({"rows": {"modules": modules}, "width": {}}).folder
+    base = golden / "interop" / "gguf" / "base.gguf"
+    for name, words in (("rows", "q has 48 rows, expected 32"), ("width", "q_proj is 24 wide")):
+        command = ["convert", bank / name, "-o", tmp_path / name, "--to", "gguf"]
+        status, _, err = lorameta(*command, "--base-config", base)
+        assert (status, words in err) == (1, True), err
+
+
 @pytest.mark.parametrize(
     ("name", "to", "words"),
     [

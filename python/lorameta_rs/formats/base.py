@@ -23,6 +23,9 @@ CONFIG = "config.json"
 _LARGEST = 16 << 20
 _MAGIC = b"GGUF"
 
+# Whose configurations leave `head_dim` out where it is another than hidden size by heads.
+_OWN_HEAD_DIM = frozenset({"gemma", "gemma2", "gemma3", "qwen3", "qwen3moe"})
+
 # What transformers calls an architecture (`model_type`), and what llama.cpp does.
 _ARCHITECTURES = {
     "gemma": "gemma",
@@ -51,12 +54,16 @@ class Base:
         heads: How many heads its attention has; None if that is not known.
         kv_heads: How many of them have keys and values of their own.
         gguf: The base model's file, where it was read from one.
+        hidden_size: The numbers that a token is to it; None if that is not known.
+        head_dim: The rows of one head; None if that is not known.
     """
 
     architecture: str
     heads: int | None = None
     kv_heads: int | None = None
     gguf: Path | None = None
+    hidden_size: int | None = None
+    head_dim: int | None = None
 
     @classmethod
     def load(cls, path: Path) -> Base:
@@ -121,9 +128,14 @@ class Base:
                 f"known; known are {', '.join(sorted(_ARCHITECTURES))}\n"
                 "give the base model as a GGUF file instead"
             )
-        heads = config.get("num_attention_heads")
-        kv_heads = config.get("num_key_value_heads", heads)
-        return cls(_ARCHITECTURES[kind], _count(path, heads), _count(path, kv_heads))
+        architecture = _ARCHITECTURES[kind]
+        heads = _count(path, given := config.get("num_attention_heads"))
+        kv_heads = _count(path, config.get("num_key_value_heads", given))
+        hidden = _count(path, config.get("hidden_size"), "hidden size")
+        head_dim = _count(path, config.get("head_dim"), "size of a head")
+        if head_dim is None and architecture not in _OWN_HEAD_DIM:
+            head_dim = _even_head_dim(hidden, heads)
+        return cls(architecture, heads, kv_heads, None, hidden, head_dim)
 
     @classmethod
     def _of_gguf(cls, path: Path) -> Base:
@@ -131,10 +143,18 @@ class Base:
         architecture = str(found.get("general.architecture", ""))
         own = found.get("general.type") == "adapter"
         keys = "lorameta" if own else f"{architecture}.attention"
-        heads = found.get(f"{keys}.head_count")
-        kv_heads = found.get(f"{keys}.head_count_kv", heads)
-        gguf = None if own else path
-        return cls(architecture, _count(path, heads), _count(path, kv_heads), gguf)
+        heads = _count(path, given := found.get(f"{keys}.head_count"))
+        kv_heads = _count(path, found.get(f"{keys}.head_count_kv", given))
+        if own:
+            return cls(architecture, heads, kv_heads)
+        hidden = _count(path, found.get(f"{architecture}.embedding_length"), "hidden size")
+        head_dim = None
+        # Others may have heads of several sizes, or more than queries in q.
+        if architecture in _ARCHITECTURES.values():
+            # Without the key llama.cpp takes the even share.
+            size = found.get(f"{keys}.key_length", _even_head_dim(hidden, heads))
+            head_dim = _count(path, size, "size of a head")
+        return cls(architecture, heads, kv_heads, path, hidden, head_dim)
 
     @classmethod
     def of_table(cls, where: str, table: Mapping[str, object]) -> Base:
@@ -179,9 +199,14 @@ def heads_in(bank: Path) -> tuple[int, int] | None:
     return settings.heads if config is None else Base.load(bank / str(config)).head_counts
 
 
-def _count(where: object, value: object) -> int | None:
+def _even_head_dim(hidden: int | None, heads: int | None) -> int | None:
+    """The rows of a head where the heads share the hidden size, as in most models."""
+    return None if hidden is None or heads is None else hidden // heads
+
+
+def _count(where: object, value: object, what: str = "number of heads") -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**20:
-        raise InvalidSetting(f"`{where}`: {json.dumps(value)[:60]} is no number of heads")
+        raise InvalidSetting(f"`{where}`: {json.dumps(value)[:60]} is no {what}")
     return value

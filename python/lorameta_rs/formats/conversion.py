@@ -153,23 +153,37 @@ def write_gguf(
 
 
 def _fits(member: Member, base: Base) -> None:
-    """See that the base's heads are as large in q as in k, where the adapter shows it.
+    """See that the base has the adapter's sizes, where both show them.
 
     Raises:
-        InvalidSetting: They are not.
+        InvalidSetting: It has others.
     """
-    if base.head_counts is None:
-        return
-    rows: dict[str, int] = {}
+    if (found := _misfit(member, base)) is not None:
+        raise InvalidSetting(f"`{member.folder}`: {found}: the base model is another one")
+
+
+def _misfit(member: Member, base: Base) -> str | None:
+    """What of an adapter is of another size than the base says."""
+    shapes: dict[str, tuple[int, int]] = {}
     for module in member.modules:
-        rows.setdefault(module.name.rpartition(".")[2], module.b_shape[0])
-    q, k = rows.get("q_proj"), rows.get("k_proj")
+        last = module.name.rpartition(".")[2]
+        shapes.setdefault(last, (module.a_shape[1], module.b_shape[0]))
+    for name in ("q_proj", "k_proj", "v_proj", "qkv_proj"):
+        width = shapes[name][0] if name in shapes else None
+        if width is not None and base.hidden_size not in (None, width):
+            return f"A of {name} is {width} wide, expected the hidden size, {base.hidden_size}"
+    if base.head_counts is None or "q_proj" not in shapes:
+        return None
     heads, kv_heads = base.head_counts
-    if q is not None and k is not None and q * kv_heads != k * heads:
-        raise InvalidSetting(
-            f"`{member.folder}`: q has {q} rows and k has {k}, which are no {heads} and {kv_heads} "
-            "heads of one size: the base model is another one"
-        )
+    q = shapes["q_proj"][1]
+    if base.head_dim is not None and q != heads * base.head_dim:
+        expected = heads * base.head_dim
+        return f"q has {q} rows, expected {expected}, {heads} heads of {base.head_dim}"
+    k = shapes["k_proj"][1] if "k_proj" in shapes else None
+    if k is not None and q * kv_heads != k * heads:
+        sizes = f"{heads} and {kv_heads} heads of one size"
+        return f"q has {q} rows and k has {k}, which are no {sizes}"
+    return None
 
 
 def known_base(given: Base | None, folder: Path) -> Base:
