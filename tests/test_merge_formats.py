@@ -80,6 +80,25 @@ def test_one_format_is_the_folder(merged, tmp_path, to, has, command):
     assert merged("one", "--format", to, "--force")[0] == 0
 
 
+@pytest.mark.parametrize("formats", [("gguf",), ("mlx",), ("gguf", "peft")])
+def test_what_the_card_says_makes_the_same_again(merged, lorameta, tmp_path, formats):
+    assert merged("once", *(word for to in formats for word in ("--format", to)))[0] == 0
+    where = "once" if len(formats) == 1 else "once/gguf"
+    repeat = ["merge", "--repeat", tmp_path / where / "lorameta.json", "-o"]
+    status, _, err = lorameta(*repeat, tmp_path / "again")
+    assert status == 0, err
+    for path in (path for path in (tmp_path / "once").rglob("*") if path.is_file()):
+        again = tmp_path / "again" / path.relative_to(tmp_path / "once")
+        if path.suffix == ".md":
+            assert again.exists()
+        else:
+            assert again.read_bytes() == path.read_bytes(), path.name
+    # What is said on the command line is done; the base is still known.
+    status, _, err = lorameta(*repeat, tmp_path / "other", "--format", "gguf")
+    assert status == 0, err
+    assert "adapter.gguf" in names(tmp_path / "other")
+
+
 @pytest.mark.parametrize("how", [[], ["--dry-run"]])
 @pytest.mark.parametrize(
     ("config", "words"),

@@ -55,6 +55,7 @@ def test_of_a_dataset(folder, dataset, tmp_path):
         "majority_sign": "total",
         "seed": 0,
         "memory": 8 << 20,
+        "formats": ["peft"],
         "metric": "cosine",
         "pipeline": "normalized",
         "temperature": 0.3,
@@ -100,6 +101,7 @@ def test_of_weights(folder, tmp_path):
         "majority_sign": "total",
         "seed": 0,
         "memory": 64 << 20,
+        "formats": ["peft"],
     }
     assert record.coefficients == {"a": row[0], "c": row[2]}
     assert all(member["distance"] is None for member in record.members)
@@ -223,6 +225,7 @@ def test_the_least_that_is_a_record(tmp_path):
                 *(("modules", 5), ("modules", [5]), ("drop_unsupported", "x"), ("seed", True)),
                 *(("rank", "x"), ("rank", 1.5), ("memory", "x"), ("memory", 1.5), ("memory", None)),
                 *(("seed", "x"), ("energy", "x"), ("normalize", []), ("base_weights", 3)),
+                *(("formats", "peft"), ("formats", [3]), ("base", "llama")),
             )
         ),
         {"settings": {}},
@@ -244,6 +247,7 @@ def test_what_is_no_record(tmp_path, change):
         ({"method": "sup"}, "method `sup`: expected one of auto, soup"),
         ({"settings": RECORD["settings"] | {"normalize": "x"}}, "normalize `x`: expected one of"),
         ({"settings": RECORD["settings"] | {"memory": 0}}, "memory is 0, expected 1 or more"),
+        ({"settings": RECORD["settings"] | {"formats": ["x"]}}, "format `x`: expected one of"),
         ({"members": 3}, "not a lorameta.json: its members are no array"),
     ],
 )

@@ -252,9 +252,8 @@ def merge(
                 config = result_config(bank.base_model, sums.members, rank, sums.alpha or rank)
                 record = provenance(bank, job, run, hashes)
                 _write(first[i] / FILE_NAME, as_json(config))
-                name = job.out.absolute().name
-                _convert(first[i], stages_of[i], name, run)
-                seen = written_to(Path(name), run.formats)
+                _convert(first[i], stages_of[i], run)
+                seen = written_to(Path(job.out.absolute().name), run.formats)
                 for to, stage in stages_of[i].items():
                     _write(stage / PROVENANCE, record.as_json())
                     _write(stage / CARD, model_card(record, config, seen[to], to))
@@ -290,14 +289,15 @@ def _write(path: Path, text: str) -> None:
     files.write_whole(path, text.encode(errors="backslashreplace"))
 
 
-def _convert(made: Path, folders: Mapping[str, Path], name: str, options: Options) -> None:
+def _convert(made: Path, folders: Mapping[str, Path], options: Options) -> None:
     """Write the PEFT adapter in `made` in the other formats, and drop it if it is not one."""
     others = {to: folder for to, folder in folders.items() if to != "peft"}
     if not others:
         return
     (member,) = open_members([made])
     assert isinstance(member, Member), "what was just written can be read"
-    member = replace(member, name=name)
+    # Without a name: done again into another folder, the file is to be the same.
+    member = replace(member, name="")
     if "peft" not in folders:
         (made / FILE_NAME).unlink()
     for to, folder in others.items():

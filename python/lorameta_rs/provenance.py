@@ -79,6 +79,11 @@ class Provenance:
         return tuple(self.settings.get("modules", ()))
 
     @property
+    def formats(self) -> tuple[str, ...]:
+        """The formats that were written; earlier versions did not record others than PEFT's."""
+        return tuple(self.settings.get("formats", ("peft",)))
+
+    @property
     def effective_number(self) -> float:
         """How many members, in equal parts, would be as spread out."""
         return effective_number(np.array([size(c) for c in self.coefficients.values()]))
@@ -127,7 +132,7 @@ def _check(record: Provenance) -> None:
     if not isinstance(record.method, str):
         raise ValueError("its method is no text")
     given = {name: record.settings[name] for name in OF_RESULT if name in record.settings}
-    Options(method=record.method, **given)
+    Options(method=record.method, formats=record.formats, **given)
     match record.target, record.settings:
         case None, _:
             pass
@@ -169,12 +174,14 @@ def _check_settings(settings: dict[str, Any]) -> None:
         case _:
             raise ValueError("its settings lack bank or base_model")
     kinds = _KINDS | {"drop_unsupported": (bool,), "base_weights": (str, NoneType)}
+    kinds |= {"base": (dict, NoneType)}
     for name, value in given.items():
         if name in kinds and type(value) not in kinds[name]:
             raise ValueError(f"`{name}` in its settings is not of the right type")
-    modules = given.get("modules", [])
-    if not isinstance(modules, list) or not all(isinstance(one, str) for one in modules):
-        raise ValueError("`modules` in its settings is no array of texts")
+    for name in ("modules", "formats"):
+        texts = given.get(name, [])
+        if not isinstance(texts, list) or not all(isinstance(one, str) for one in texts):
+            raise ValueError(f"`{name}` in its settings is no array of texts")
     if lacking := {"dtype", "allow_nan"} - given.keys():
         raise ValueError(f"its settings lack {lacking.pop()}")
 
@@ -222,6 +229,7 @@ def provenance(
         "base_model": bank.base_model,
         "drop_unsupported": bank.drop_unsupported,
         **{name: getattr(options, name) for name in OF_RESULT},
+        "formats": list(options.formats),
     }
     if (base := options.base or Base.known(None, bank.folder)) is not None:
         settings["base"] = base.table

@@ -183,7 +183,7 @@ def merge(
             (*options.SETTINGS, "paper", "refine", "columns", "vectors", *_OF_RESULT),
             "--repeat",
         )
-        opened, jobs, run = _repeated(repeat, bank, _one(outs), arguments)
+        opened, jobs, run = _repeated(context, repeat, bank, _one(outs), arguments)
     elif bank is None:
         raise click.UsageError("Missing argument 'BANK'.")
     else:
@@ -327,13 +327,18 @@ def _weighted(
 
 
 def _repeated(
-    path: Path, bank: Path | None, out: Path, arguments: dict[str, Any]
+    context: click.Context,
+    path: Path,
+    bank: Path | None,
+    out: Path,
+    arguments: dict[str, Any],
 ) -> tuple[Bank, list[Job], Options]:
     """The job that a `lorameta.json` records, from the same files."""
     from dataclasses import replace
 
     from lorameta_rs.bank import ANY_BASE
     from lorameta_rs.errors import InvalidBank
+    from lorameta_rs.formats.base import Base
     from lorameta_rs.provenance import OF_RESULT, Provenance
     from lorameta_rs.repeat import RepeatedJob
 
@@ -354,7 +359,12 @@ def _repeated(
     # What an earlier version did not record had its default then.
     of_result = {name: settings[name] for name in OF_RESULT if name in settings}
     job = RepeatedJob.of(record, opened, out)
-    return opened, [job], replace(_options(arguments), **of_result, method=record.method)
+    run = replace(_options(arguments), **of_result, method=record.method)
+    if context.get_parameter_source("formats") is click.core.ParameterSource.DEFAULT:
+        run = replace(run, formats=record.formats)
+    if run.base is None and (table := settings.get("base")) is not None:
+        run = replace(run, base=Base.of_table(f"`{path}`", table))
+    return opened, [job], run
 
 
 def _same_files(bank: Bank, record: Provenance, path: Path) -> None:
