@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from words import write_tokenizer
+
+from lorameta_rs.evaluate import Rows, doubts
 
 pytest.importorskip("xllamacpp", reason="llama.cpp has no wheel for this platform")
 pytest.importorskip("rouge_score", reason="rouge-score is not installed")
@@ -86,3 +89,20 @@ def test_what_cannot_be_asked(lorameta, base, adapter, files, tmp_path):
     assert (status, "none.gguf" in err) == (1, True)
     status, _, err = lorameta("evaluate", adapter, "--dataset", dataset)
     assert status == 1
+
+
+def test_a_base_whose_tokenizer_does_not_know_the_text_is_warned_of(lorameta, base, files):
+    dataset, tokenizer = files
+    words = "120 words are 0 tokens: the tokenizer in"
+    command = ["evaluate", base, "--dataset", dataset, "--most-tokens", "2"]
+    status, _, err = lorameta(*command)
+    assert (status, words in err, "--tokenizer" in err) == (0, True, True), err
+    assert "warning" not in lorameta(*command, "--tokenizer", tokenizer)[2]
+    _, _, err = lorameta("try", base, base.parent / "a_r8.folded.gguf", "--prompt", "w5 w7")
+    assert "2 words are 0 tokens" in err
+
+
+def test_empty_answers_are_doubted_where_the_prompts_are_not():
+    rows = Rows(["one two"], [])
+    assert "every answer is empty" in doubts(Path("base.gguf"), rows, [[""], [""]], [5])
+    assert doubts(Path("base.gguf"), rows, [[""], ["a"]], [5]) == ""

@@ -205,6 +205,29 @@ def answers(
     return found, lengths
 
 
+def doubts(base: Path, rows: Rows, said: Sequence[Sequence[str]], lengths: Sequence[int]) -> str:
+    """What speaks against the tokenizer of a base's own file; empty where nothing does.
+
+    Args:
+        base: The model.
+        rows: What it was asked.
+        said: What `answers` returns, and so are `lengths`.
+    """
+    if rows.tokenizer is not None:
+        return ""
+    tokens, words = sum(lengths), sum(len(text.split()) for text in rows.texts)
+    if 2 * tokens < words:  # a tokenizer that knows a text has about one for each word, or more
+        found = f"the prompts' {words} words are {tokens} tokens"
+    elif not any(answer for own in said for answer in own):
+        found = "every answer is empty"
+    else:
+        return ""
+    return (
+        f"{found}: the tokenizer in `{base}` may not be the model's; give its tokenizer.json with "
+        "--tokenizer"
+    )
+
+
 def as_gguf(adapters: Sequence[Path], base: Path, folder: Path) -> list[Path]:
     """The files that llama.cpp loads for some adapters, in `folder` if they have to be made.
 

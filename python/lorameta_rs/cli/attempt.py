@@ -38,7 +38,7 @@ def attempt(
     BASE is a GGUF file, run by llama.cpp, or a Hugging Face folder (extra `hf`). The answers stand
     side by side; of a dataset's questions the right one too.
     """
-    from lorameta_rs.evaluate import Rows, answers
+    from lorameta_rs.evaluate import Rows, answers, doubts
     from lorameta_rs.tokenizer import Tokenizer
 
     if bool(prompt) == (dataset is not None):
@@ -49,7 +49,7 @@ def attempt(
     else:
         asked = Rows.of(dataset, own, arguments["columns"], arguments["rows"])
     with tempfile.TemporaryDirectory() as folder:
-        said, _ = answers(
+        said, lengths = answers(
             base,
             adapters,
             asked,
@@ -57,6 +57,8 @@ def attempt(
             most_tokens=arguments["most_tokens"],
             threads=arguments["threads"],
         )
+    if doubt := doubts(base, asked, said, lengths):
+        console.warn(doubt)
     names = [str(base), *map(str, adapters)]
     references: list[str | None] = [*asked.references] or [None] * len(asked.texts)
     answered = [dict(zip(names, row, strict=True)) for row in zip(*said, strict=True)]

@@ -47,7 +47,7 @@ def evaluate(
     folder or a GGUF file. Answers are compared with those of the dataset by Rouge, and for being,
     or containing, the same text.
     """
-    from lorameta_rs.evaluate import Rows, evaluate
+    from lorameta_rs.evaluate import Rows, doubts, evaluate
     from lorameta_rs.tokenizer import Tokenizer
 
     asked = Rows.of(
@@ -64,6 +64,8 @@ def evaluate(
             threads=arguments["threads"],
             progress=update,
         )
+    if doubt := doubts(base, asked, [one.answers for one in found], found[0].lengths):
+        console.warn(doubt)
     if as_json:
         console.data([_described(one) for one in found])
         return
