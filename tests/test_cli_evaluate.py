@@ -106,3 +106,18 @@ def test_empty_answers_are_doubted_where_the_prompts_are_not():
     rows = Rows(["one two"], [])
     assert "every answer is empty" in doubts(Path("base.gguf"), rows, [[""], [""]], [5])
     assert doubts(Path("base.gguf"), rows, [[""], ["a"]], [5]) == ""
+
+
+def test_a_prompt_beyond_the_context_is_named(lorameta, base, files, tmp_path):
+    _, tokenizer = files
+    dataset = tmp_path / "long.jsonl"
+    rows = [{"input": "w5 " * count, "output": "w7"} for count in (3, 127, 140, 126)]
+    dataset.write_text("\n".join(map(json.dumps, rows)))
+    command = ["evaluate", base, "--dataset", dataset, "--tokenizer", tokenizer]
+    status, _, err = lorameta(*command, "--most-tokens", "1")
+    assert status == 1
+    # One token begins each text; the base was made for 128.
+    assert "row 3 asks with 141 tokens, and the model's context is 128" in err
+    assert "here 2" in err
+    dataset.write_text("\n".join(map(json.dumps, (rows[0], rows[3]))))
+    assert lorameta(*command, "--most-tokens", "1")[0] == 0

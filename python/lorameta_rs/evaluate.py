@@ -189,6 +189,7 @@ def answers(
             len(prompt if isinstance(prompt, list) else model.tokens(prompt))
             for prompt in rows.prompts
         ]
+        _fit(base, lengths, model.limit)
         for number, sha256 in enumerate(hashes):
             scales = [float(i == number - 1) for i in range(len(adapters))]
             own: list[str] = []
@@ -298,6 +299,21 @@ def _answers(
     if tokenizer is None:
         return [text for text, _ in said]
     return tokenizer.decode([ids for _, ids in said])
+
+
+def _fit(base: Path, lengths: Sequence[int], limit: int | None) -> None:
+    """See that each prompt leaves room for an answer.
+
+    Raises:
+        InvalidDataset: One does not.
+    """
+    longest = max(lengths)
+    if limit is not None and longest >= limit:
+        raise InvalidDataset(
+            f"`{base}`: row {lengths.index(longest) + 1} asks with {longest} tokens, and the "
+            f"model's context is {limit}\n"
+            f"leave out the rows of {limit} tokens or more: here {sum(n >= limit for n in lengths)}"
+        )
 
 
 def _context(rows: Rows, most_tokens: int) -> int:

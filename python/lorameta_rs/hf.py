@@ -29,7 +29,10 @@ _PACKAGES = ("torch", "transformers", "peft")
 
 
 class HuggingFace:
-    """A base model in a folder of Hugging Face's, for as long as a `with` block lasts."""
+    """A base model in a folder of Hugging Face's, for as long as a `with` block lasts.
+
+    Within it `limit` is the context that the model was made for; None if that is not said.
+    """
 
     def __init__(
         self, base: Path, adapters: Sequence[Path] = (), *, slots: int = 4, threads: int = 0
@@ -46,6 +49,7 @@ class HuggingFace:
         self.adapters = list(adapters)
         self.slots = slots
         self.threads = threads
+        self.limit: int | None = None
         self._model: Any = None
         self._strengths: list[tuple[dict[str, float], str, float]] = []
 
@@ -75,6 +79,7 @@ class HuggingFace:
             self._model = transformers.AutoModelForCausalLM.from_pretrained(
                 self.base, dtype="auto", use_safetensors=True, local_files_only=True
             )
+        self.limit = getattr(self._model.config, "max_position_embeddings", None)
         self._load_adapters()
         self._model.eval()
         return self
@@ -137,7 +142,7 @@ class HuggingFace:
         from transformers import GenerationConfig
 
         length = max(map(len, rows))
-        most = getattr(self._model.config, "max_position_embeddings", None)
+        most = self.limit
         if not all(rows):
             raise InvalidSetting(f"`{self.base}`: a prompt has no token to go on from")
         if most is not None and length + most_tokens > most:

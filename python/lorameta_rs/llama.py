@@ -37,7 +37,10 @@ _SECONDS = 600
 
 
 class Llama:
-    """A base model in GGUF, for as long as a `with` block lasts."""
+    """A base model in GGUF, for as long as a `with` block lasts.
+
+    Within it `limit` is the context that the model was made for; None if its file does not say.
+    """
 
     def __init__(
         self,
@@ -63,6 +66,7 @@ class Llama:
         self.context = context
         self.slots = slots
         self.threads = threads or max(1, (os.cpu_count() or 1) // 2)
+        self.limit: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._address = ""
 
@@ -81,7 +85,10 @@ class Llama:
         for path in (self.base, *self.adapters):
             if not path.is_file():
                 raise MissingFile(2, "no such file", str(path))
-        _core.gguf_metadata(os.fspath(self.base))
+        known = _core.gguf_metadata(os.fspath(self.base))
+        # llama.cpp gives no more than that, whatever context it is asked for.
+        limit = known.get(f"{known.get('general.architecture')}.context_length")
+        self.limit = limit if isinstance(limit, int) else None
         settings = {
             "base": os.fspath(self.base),
             "adapters": [os.fspath(path) for path in self.adapters],
