@@ -221,7 +221,7 @@ def test_an_output_that_exists_is_replaced_on_demand_alone(lorameta, adapters, b
     assert (status, "only GGUF has it" in err) == (1, True)
 
 
-def test_diffusers_and_kohya_names(lorameta, tmp_path):
+def test_diffusers_and_kohya_names(lorameta, golden, base, tmp_path):
     rng = np.random.default_rng(0)
     a, b = (rng.normal(size=shape).astype(np.float32) for shape in ((4, 6), (8, 4)))
     stem = "unet.down_blocks.0.attentions.0.to_q"
@@ -245,6 +245,19 @@ def test_diffusers_and_kohya_names(lorameta, tmp_path):
     status, _, err = lorameta(*command)
     assert status == 1
     assert "kohya's names" in err
+    for given in (base / "config.json", golden / "interop" / "gguf" / "base.gguf"):
+        status, _, err = lorameta(*command, "--base-config", given)
+        assert status == 1
+        assert f"`{given}` is no safetensors file: kohya's names need" in err
+
+
+def test_folders_above_a_file_are_made_once_it_can_be_written(lorameta, adapters, base, tmp_path):
+    out = tmp_path / "some" / "where" / "a.gguf"
+    given = ["-o", out, "--to", "gguf", "--base-config", base]
+    assert lorameta("convert", adapters / "s_head_saved", *given)[0] == 1
+    assert not (tmp_path / "some").exists()
+    status, _, err = lorameta("convert", adapters / "a_r8", *given)
+    assert (status, out.is_file()) == (0, True), err
 
 
 def write_bank(golden, base, folder):

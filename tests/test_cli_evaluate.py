@@ -121,3 +121,11 @@ def test_a_prompt_beyond_the_context_is_named(lorameta, base, files, tmp_path):
     assert "here 2" in err
     dataset.write_text("\n".join(map(json.dumps, (rows[0], rows[3]))))
     assert lorameta(*command, "--most-tokens", "1")[0] == 0
+
+
+def test_an_adapter_that_is_not_loaded_is_named_as_it_was_given(lorameta, base, make_bank):
+    bank = make_bank(["a"], modules={"model.layers.0.mlp.up_proj": (32, 40)}).folder
+    status, _, err = lorameta("try", base, bank / "a", "--prompt", "x")
+    assert status == 1
+    assert f"does not load `{base}`, `{bank / 'a'}`" in err
+    assert "0.gguf" not in err

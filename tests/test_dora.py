@@ -199,3 +199,15 @@ def test_on_the_command_line_and_again(mixed, tmp_path, lorameta):
     again = tmp_path / "again"
     assert lorameta("merge", "--repeat", out / "lorameta.json", "-o", again)[0] == 0
     assert (again / WEIGHTS).read_bytes() == (out / WEIGHTS).read_bytes()
+
+
+def test_weights_of_another_format_are_named(lorameta, mixed, tmp_path):
+    written, *_ = mixed
+    given = ["--weights", "a=1", "-o", tmp_path / "out", "--base-weights"]
+    base = GOLDEN.parent / "interop" / "gguf" / "base.gguf"
+    status, _, err = lorameta("merge", written.folder, *given, base)
+    assert status == 1
+    assert f"`{base}` is no safetensors file: DoRA members need" in err
+    (tmp_path / "x.safetensors").write_bytes(b"junk" * 4)
+    status, _, err = lorameta("merge", written.folder, *given, tmp_path / "x.safetensors")
+    assert (status, "x.safetensors" in err, "DoRA" in err) == (1, True, False), err

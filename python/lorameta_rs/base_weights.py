@@ -6,8 +6,8 @@ import errno
 import json
 from pathlib import Path
 
-from lorameta_rs import files
-from lorameta_rs.errors import InvalidSetting, MissingFile
+from lorameta_rs import _core, files
+from lorameta_rs.errors import InvalidAdapter, InvalidSetting, MissingFile
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -22,11 +22,12 @@ def weight_files(path: Path | None) -> list[Path]:
 
     Raises:
         MissingFile, UnreadableFile: There is none, or the folder's index cannot be read.
-        InvalidSetting: The index is none.
+        InvalidSetting: The index is none, or the file is of another format.
     """
     if path is None:
         return []
     if not path.is_dir():
+        tensors_of(path, "DoRA members need the base model's weights")
         return [path]
     if (path / WEIGHTS).exists():
         return [path / WEIGHTS]
@@ -42,6 +43,25 @@ def weight_files(path: Path | None) -> list[Path]:
         case {"weight_map": dict(shards)} if all(_is_name(name) for name in shards.values()):
             return [path / name for name in sorted(set(shards.values()))]
     raise InvalidSetting(f"`{path / INDEX}`: expected `weight_map`, of tensors and files beside it")
+
+
+def tensors_of(path: Path, need: str) -> list[tuple[str, str, list[int], int, int]]:
+    """The tensors of one file of a base model, as `_core.file_tensors` has them.
+
+    `need` says what they are for.
+
+    Raises:
+        InvalidSetting: It is of another format, such as GGUF.
+        InvalidAdapter, MissingFile, UnreadableFile: As `_core.file_tensors`.
+    """
+    try:
+        return _core.file_tensors(path)
+    except InvalidAdapter as error:
+        if path.suffix == ".safetensors":
+            raise
+        raise InvalidSetting(
+            f"`{path}` is no safetensors file: {need}\ngive its safetensors, or its folder"
+        ) from error
 
 
 def _is_name(name: object) -> bool:

@@ -184,7 +184,7 @@ def answers(
     kept = Cache(cache, "answers", "" if cache is None else _sha256(base), most_tokens)
     count = len(rows.prompts)
     found: list[list[str]] = []
-    with _model(base, paths, _context(rows, most_tokens), threads) as model:
+    with _model(base, paths, adapters, _context(rows, most_tokens), threads) as model:
         lengths = [
             len(prompt if isinstance(prompt, list) else model.tokens(prompt))
             for prompt in rows.prompts
@@ -271,10 +271,12 @@ def _only(path: Path, base: Base | None) -> Member:
     return member
 
 
-def _model(base: Path, adapters: Sequence[Path], context: int, threads: int) -> Llama | HuggingFace:
-    """What runs a base of this kind."""
+def _model(
+    base: Path, adapters: Sequence[Path], names: Sequence[Path], context: int, threads: int
+) -> Llama | HuggingFace:
+    """What runs a base of this kind; `names` are what the user calls the adapters."""
     if not base.is_dir():
-        return Llama(base, adapters, context=context, threads=threads)
+        return Llama(base, adapters, context=context, threads=threads, names=names)
     from lorameta_rs.hf import HuggingFace
 
     return HuggingFace(base, adapters, threads=threads)

@@ -50,6 +50,7 @@ class Llama:
         context: int = 2048,
         slots: int = 4,
         threads: int = 0,
+        names: Sequence[Path] | None = None,
     ) -> None:
         """Nothing is loaded yet.
 
@@ -60,9 +61,11 @@ class Llama:
             slots: Requests that are worked on side by side.
             threads: Of the computation; 0 for half as many as the machine says it has cores: they
                 wait for each other by spinning, and stall where one has no core of its own.
+            names: What errors call the adapters, where these files were made of others.
         """
         self.base = base
         self.adapters = list(adapters)
+        self.names = self.adapters if names is None else list(names)
         self.context = context
         self.slots = slots
         self.threads = threads or max(1, (os.cpu_count() or 1) // 2)
@@ -110,7 +113,9 @@ class Llama:
                 chatter.seek(0)
                 said = chatter.read().decode(errors="replace")
                 self.__exit__()
-                names = ", ".join(f"`{path}`" for path in (self.base, *self.adapters))
+                for path, name in zip(self.adapters, self.names, strict=True):
+                    said = said.replace(str(path), str(name))
+                names = ", ".join(f"`{path}`" for path in (self.base, *self.names))
                 raise InvalidSetting(f"llama.cpp does not load {names}: {_reason(said)}")
         return self
 

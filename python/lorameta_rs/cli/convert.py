@@ -76,9 +76,11 @@ def convert(
 def _one(
     path: Path, out: Path, to: str, dtype: str, base_config: Path | None, run: Options
 ) -> None:
+    from lorameta_rs import files
     from lorameta_rs.errors import InvalidSetting
     from lorameta_rs.formats.base import Base
     from lorameta_rs.formats.conversion import FILES, write, write_gguf
+    from lorameta_rs.formats.conversion import check as check_format
     from lorameta_rs.formats.opening import is_gguf, open_adapters
     from lorameta_rs.runtimes import commands
     from lorameta_rs.staging import check, staged
@@ -94,6 +96,9 @@ def _one(
     if alone:
         if not run.force:
             check(outs)
+        check_format(found[0], to, base, run)  # before there are folders
+        with files.refusals(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
         with console.progress("converting") as update:
             write_gguf(found[0], out, base, dtype, run, update)
     else:

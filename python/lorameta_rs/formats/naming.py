@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lorameta_rs import _core, files
+from lorameta_rs.base_weights import tensors_of
 from lorameta_rs.errors import InvalidAdapter, InvalidSetting
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def components(path: Path, base: Path | None) -> tuple[str, list[Component]] | N
 
     Raises:
         InvalidAdapter: A tensor is no half of a plain LoRA, or names no module of the base.
-        InvalidSetting: kohya's names cannot be resolved without a base, or that has none.
+        InvalidSetting: kohya's names cannot be resolved without a base's safetensors.
         MissingFile, UnreadableFile: A file cannot be read.
     """
     tensors = {
@@ -208,7 +209,8 @@ def _modules_of(base: Path, component: str) -> set[str]:
         paths = sorted(folder.glob("*.safetensors"))
     else:
         paths = [base]
-    names = {name for path in paths for name, *_ in _core.file_tensors(path)}
+    need = "kohya's names need those of the base model's tensors"
+    names = {name for path in paths for name, *_ in tensors_of(path, need)}
     if not names:
         raise InvalidSetting(f"`{base}` holds no safetensors file, whose names are needed")
     return {name.removesuffix(".weight") for name in names if name.endswith(".weight")}
