@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -81,9 +82,38 @@ def test_merge_says_how_to_run_its_result(lorameta, tmp_path):
     assert "vLLM refuses rank 24 unless it is started with --max-lora-rank 32" in err
     assert command in said + err
     assert "PeftModel.from_pretrained(model, " in said + err
+    assert f"convert {out} -o {out}.gguf --to gguf --base-config BASE" in said + err
     card = (out / "README.md").read_text()
     assert "--max-lora-rank 32 --lora-modules out=out" in card
     status, said, err = lorameta("merge", bank, *sum_of, "soup", "-o", tmp_path / "small")
     assert status == 0
     assert "vLLM refuses" not in err
     assert "--max-lora-rank" not in said + err
+
+
+def test_a_command_that_would_be_refused_is_not_said(lorameta, golden, tmp_path):
+    bank = golden / "peft_combine" / "adapters"
+    given = ["--weights", "s_embed=1", "--method", "soup", "-o", tmp_path / "out"]
+    status, said, err = lorameta("merge", bank, *given)
+    assert status == 0, err
+    assert "vLLM serves linear layers alone" in err
+    assert "PeftModel.from_pretrained(model, " in said + err
+    for text in (said + err, (tmp_path / "out" / "README.md").read_text()):
+        assert "vllm serve" not in text
+
+
+def test_the_card_has_the_base_that_was_given(lorameta, golden, tmp_path, monkeypatch):
+    bank = golden / "peft_combine" / "adapters"
+    base = tmp_path / "models" / "base.gguf"
+    base.parent.mkdir()
+    shutil.copy(golden / "interop" / "gguf" / "base.gguf", base)
+    monkeypatch.chdir(tmp_path)
+    given = ["--weights", "a_r8=1", "--method", "soup", "--format", "gguf", "--base-config"]
+    for out, path, seen in (
+        ("out", "models/base.gguf", "./models/base.gguf"),
+        ("in/out", "models/base.gguf", "./../models/base.gguf"),
+        ("whole", base, base),
+    ):
+        assert lorameta("merge", bank, *given, path, "-o", out)[0] == 0
+        card = (tmp_path / out / "README.md").read_text()
+        assert f"llama-cli -m {seen} --lora {Path(out).name}/adapter.gguf" in card

@@ -19,10 +19,24 @@ _SHOWN = 20
 _LIBRARIES = {"peft": "peft", "gguf": "llama.cpp", "mlx": "mlx"}
 
 
-def model_card(record: Provenance, config: dict[str, object], out: Path, to: str = "peft") -> str:
+def model_card(
+    record: Provenance,
+    config: dict[str, object],
+    out: Path,
+    to: str = "peft",
+    *,
+    gguf: Path | None = None,
+    served: bool = True,
+) -> str:
     """What a stranger should know of the adapter, in Markdown with the Hub's front matter.
 
-    `out` is its folder seen from beside the output: of several formats that is one in the output's.
+    Args:
+        record: What it was made of.
+        config: The configuration that it has in PEFT.
+        out: Its folder seen from beside the output: of several formats that is one in the output's.
+        to: Its format.
+        gguf: The base model as GGUF, seen from there too.
+        served: Whether vLLM takes it.
     """
     base = config["base_model_name_or_path"]
     front = [f"library_name: {_LIBRARIES[to]}", "tags: [lora, lorameta-rs]"]
@@ -31,7 +45,7 @@ def model_card(record: Provenance, config: dict[str, object], out: Path, to: str
     lines = ["---", *front, "---", "", f"# {out.parts[0]}", "", _summary(record), ""]
     lines += [*_table(record), "", *_relevance(record)]
     known = None if base is None else str(base)
-    lines += ["## Use", "", *_use(known, config, out, to)]
+    lines += ["## Use", "", *_use(known, config, out, to, gguf, served)]
     lines += [
         "`lorameta.json` beside this file holds what is needed to make the adapter again:",
         "",
@@ -42,19 +56,26 @@ def model_card(record: Provenance, config: dict[str, object], out: Path, to: str
     return "\n".join(lines) + "\n"
 
 
-def _use(base: str | None, config: dict[str, object], folder: Path, to: str) -> list[str]:
+def _use(
+    base: str | None,
+    config: dict[str, object],
+    folder: Path,
+    to: str,
+    gguf: Path | None,
+    served: bool,
+) -> list[str]:
     """How the adapter is run, seen from beside the output."""
     name = folder.parts[0]
     if to == "gguf":
-        found = gguf_commands(None, folder / GGUF_WEIGHTS, name)
+        found = gguf_commands(gguf, folder / GGUF_WEIGHTS, name)
         return ["```sh", *(f"{line}  # {name}" for name, line in found.items()), "```", ""]
     if to == "mlx":
         return ["```sh", *mlx_command(base, folder).values(), "```", ""]
     lines = ["```python", transformers_code(base, str(folder)), "```", ""]
     rank = config["r"]
     assert isinstance(rank, int), "the configuration of a result has one rank"
-    served = vllm_command(base, name, str(folder), rank)
-    return lines if served is None else [*lines, "```sh", served, "```", ""]
+    command = vllm_command(base, name, str(folder), rank) if served else None
+    return lines if command is None else [*lines, "```sh", command, "```", ""]
 
 
 def _summary(record: Provenance) -> str:

@@ -19,6 +19,7 @@ from lorameta_rs.member import GGUF_WEIGHTS, MLX_WEIGHTS, WEIGHTS, Member, open_
 from lorameta_rs.provenance import FILE_NAME as PROVENANCE
 from lorameta_rs.provenance import provenance
 from lorameta_rs.result import result_config
+from lorameta_rs.servers import refusing
 from lorameta_rs.staging import staged
 from lorameta_rs.sums import Sums
 
@@ -254,9 +255,12 @@ def merge(
                 _write(first[i] / FILE_NAME, as_json(config))
                 _convert(first[i], stages_of[i], run)
                 seen = written_to(Path(job.out.absolute().name), run.formats)
+                gguf = _beside(job.out, None if run.base is None else run.base.gguf)
                 for to, stage in stages_of[i].items():
+                    served = to == "peft" and "vLLM" not in refusing(_opened(stage))
+                    card = model_card(record, config, seen[to], to, gguf=gguf, served=served)
                     _write(stage / PROVENANCE, record.as_json())
-                    _write(stage / CARD, model_card(record, config, seen[to], to))
+                    _write(stage / CARD, card)
         except UnreadableFile as error:
             raise _of_output(error, stages, outs) from error
     return Merged(
@@ -289,15 +293,30 @@ def _write(path: Path, text: str) -> None:
     files.write_whole(path, text.encode(errors="backslashreplace"))
 
 
+def _opened(made: Path) -> Member:
+    """The PEFT adapter in a folder that was just written."""
+    (member,) = open_members([made])
+    assert isinstance(member, Member), "what was just written can be read"
+    return member
+
+
+def _beside(out: Path, path: Path | None) -> Path | None:
+    """A path as it is seen from beside an output; an absolute one stays what it is."""
+    if path is None or path.is_absolute():
+        return path
+    try:
+        return Path(os.path.relpath(path, out.absolute().parent))
+    except ValueError:  # on another drive
+        return path.absolute()
+
+
 def _convert(made: Path, folders: Mapping[str, Path], options: Options) -> None:
     """Write the PEFT adapter in `made` in the other formats, and drop it if it is not one."""
     others = {to: folder for to, folder in folders.items() if to != "peft"}
     if not others:
         return
-    (member,) = open_members([made])
-    assert isinstance(member, Member), "what was just written can be read"
     # Without a name: done again into another folder, the file is to be the same.
-    member = replace(member, name="")
+    member = replace(_opened(made), name="")
     if "peft" not in folders:
         (made / FILE_NAME).unlink()
     for to, folder in others.items():

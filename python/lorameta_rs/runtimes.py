@@ -75,6 +75,12 @@ def gguf_commands(base: Path | None, file: Path, name: str | None = None) -> dic
     }
 
 
+def gguf_conversion(folder: Path) -> str:
+    """The command that makes a GGUF adapter of one of PEFT, beside it."""
+    words = ["lorameta-rs", "convert", str(folder), "-o", f"{folder}.gguf", "--to", "gguf"]
+    return shlex.join([*words, "--base-config", _UNKNOWN])
+
+
 def _of_modelfile(path: Path) -> str:
     """A path as a Modelfile beside it has it: one without `/` may be the name of a model."""
     return str(path) if path.is_absolute() else f"./{path}"

@@ -132,3 +132,9 @@ RULES = (
 def breaches(member: Member) -> list[str]:
     """What servers refuse of a PEFT adapter, or get wrong; each begins with the server's name."""
     return [text for rule in RULES if (text := rule.of(member)) is not None]
+
+
+def refusing(member: Member) -> set[str]:
+    """The servers that refuse a PEFT adapter, or get it wrong, however they are started."""
+    always = (rule for rule in RULES if rule.breach is not _rank)
+    return {rule.server for rule in always if rule.of(member) is not None}

@@ -10,8 +10,8 @@ from lorameta_rs.cli import console
 from lorameta_rs.cli.rank import HEADERS, described, rows, say_relevance
 from lorameta_rs.member import Member, open_members
 from lorameta_rs.merge import written_to
-from lorameta_rs.runtimes import commands
-from lorameta_rs.servers import breaches
+from lorameta_rs.runtimes import commands, gguf_conversion
+from lorameta_rs.servers import breaches, refusing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,11 +68,15 @@ def _say_use(bank: Bank, jobs: Sequence[Job], run: Options) -> None:
         console.say(breach)
     base = results[0].config.base_model_name_or_path if results else bank.base_model
     rank = max(results[0].ranks) if results else 0
+    ruled_out = refusing(results[0]) if results else set()
     gguf = None if run.base is None else run.base.gguf
     for to, out in written_to(jobs[0].out, run.formats).items():
         name = jobs[0].out.absolute().name
         for runtime, line in commands(to, base, out, rank, gguf, name).items():
-            console.say(f"{runtime}: {line}")
+            if to != "peft" or runtime not in ruled_out:
+                console.say(f"{runtime}: {line}")
+    if results and "gguf" not in run.formats:
+        console.say(f"llama.cpp: {gguf_conversion(results[0].folder)}")
 
 
 def _served(jobs: Sequence[Job], run: Options) -> list[Member]:
