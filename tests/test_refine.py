@@ -31,6 +31,7 @@ def test_the_mixture_that_is_found_is_what_is_merged(lorameta, bank, base, tmp_p
     status, _, err = lorameta(*command, "-o", tmp_path / "out", "--refine", base)
     assert status == 0, err
     assert "refined by" in err
+    assert "method svd: what --refine finds" in err
     record = json.loads((tmp_path / "out" / "lorameta.json").read_text())
     refined = record["settings"]["refined"]
     assert next(iter(refined["weights"])) == "(merge)"

@@ -259,6 +259,27 @@ def test_auto_leaves_a_soup_out_where_ranks_differ(real, tmp_path):
         plan(bank, [job(bank, tmp_path / "out")], Options(method="soup"))
 
 
+def test_auto_says_why(real, frozen, tmp_path, lorameta):
+    def said(bank, weights, *more):
+        given = [word for pair in weights for word in ("--weights", pair)]
+        status, _, err = lorameta("merge", bank, *given, "-o", tmp_path, "--dry-run", *more)
+        assert status == 0, err
+        return [line for line in err.splitlines() if line.startswith("method ")]
+
+    two = ("a=0.5", "b=0.5")
+    (line,) = said(frozen.folder, two, "--normalize", "unit")
+    assert line.startswith("method svd: each member's ΔW is brought to one norm")
+    (line,) = said(frozen.folder, two)
+    assert line.startswith("method soup: summing A and B apart would change ΔW by ")
+    (line,) = said(frozen.folder, ("a=2", "b=2"))
+    assert line == ("method svd: summing A and B apart would change ΔW by 300 %, and 1 % is let by")
+    assert said(frozen.folder, two, "--rank", "2") == ["method svd: --rank was given"]
+    assert said(frozen.folder, two, "--energy", "0.5") == ["method svd: --energy was given"]
+    (line,) = said(real.folder, ("plain=1", "strong=1"))
+    assert line.startswith("method svd: the ranks differ")
+    assert said(frozen.folder, two, "--method", "svd") == []
+
+
 # Norms, and coefficients of modules.
 
 

@@ -178,6 +178,8 @@ class Merged:
     """What is read and taken."""
     method: str
     """The method, chosen if it was `auto`."""
+    reason: str | None
+    """Why `auto` chose it; None if it was asked for."""
     soup_error: float | None
     """By how much of ΔW `soup` would have erred at most, where the choice depended on it."""
     soup_error_exact: bool
@@ -196,7 +198,7 @@ def plan(bank: Bank, jobs: Sequence[Job], options: Options | None = None) -> Mer
     _with_base(options, bank, sums.members)
     run = replace(options, method=sums.method, normalize=sums.normalize)
     planned = _core.plan(sums.terms, run)
-    return Merged(planned, sums.method, sums.soup_error, sums.soup_error_exact, sums.norm_bytes, [])
+    return _merged(planned, sums, [])
 
 
 def merge(
@@ -263,8 +265,19 @@ def merge(
                     _write(stage / CARD, card)
         except UnreadableFile as error:
             raise _of_output(error, stages, outs) from error
+    return _merged(done, sums, outcomes)
+
+
+def _merged(plan: _core.Plan, sums: Sums, outcomes: list[_core.Outcome]) -> Merged:
+    """What is said of a merge."""
     return Merged(
-        done, sums.method, sums.soup_error, sums.soup_error_exact, sums.norm_bytes, outcomes
+        plan,
+        sums.method,
+        sums.reason,
+        sums.soup_error,
+        sums.soup_error_exact,
+        sums.norm_bytes,
+        outcomes,
     )
 
 

@@ -52,6 +52,7 @@ class Sums:
         members: Those that any job uses.
         terms: What the core takes of them.
         method: The method, chosen if it was `auto`.
+        reason: Why `auto` chose it; None if it was asked for.
         normalize: What is done with the members' norms, chosen if it was not given.
         soup_error: How far `soup` would be from the exact sum, at most of all jobs; None if that
             was not asked.
@@ -63,6 +64,7 @@ class Sums:
     members: list[Member]
     terms: Terms
     method: str
+    reason: str | None
     normalize: str
     soup_error: float | None
     soup_error_exact: bool
@@ -94,7 +96,9 @@ class Sums:
             weight_files(bank.base_weights),
         )
         normalize = options.normalize or _normalization(jobs, options)
-        method, error, whole = _method(members, terms, replace(options, normalize=normalize))
+        method, reason, error, whole = _method(
+            members, terms, replace(options, normalize=normalize)
+        )
         rank = _common_rank(members)
         norm_bytes = _norm_bytes(members, Index.of(bank)) if normalize == "unit" else 0
         if normalize == "unit" and not dry:
@@ -104,7 +108,7 @@ class Sums:
         if method == "soup":
             alpha, strengths = common_scaling(members, _one_rank(members))
             terms = replace(terms, strengths=strengths)
-        return cls(members, terms, method, normalize, error, whole, rank, alpha, norm_bytes)
+        return cls(members, terms, method, reason, normalize, error, whole, rank, alpha, norm_bytes)
 
 
 def _normalization(jobs: Sequence[Job], options: Options) -> str:
@@ -155,20 +159,52 @@ def first_match(modules: Sequence[str], names: Sequence[str]) -> list[int | None
 
 def _method(
     members: Sequence[Member], terms: Terms, options: Options
-) -> tuple[str, float | None, bool]:
-    """The method; the error of `soup` where the choice depended on it, and whether it is exact."""
+) -> tuple[str, str | None, float | None, bool]:
+    """The method and why `auto` chose it.
+
+    And the error of `soup` where the choice depended on it, and whether it is exact.
+    """
     if options.method != "auto":
-        return options.method, None, True
-    fixed = options.rank is not None or options.energy is not None or options.normalize != "none"
-    if options.allow_nan and not fixed:
-        # NaN has no decomposition.
-        return ("cat" if _common_rank(members) is None else "soup"), None, True
-    dora = any(member.config.use_dora for member in members)
-    if fixed or dora or _common_rank(members) is None:
-        return "svd", None, True
+        return options.method, None, None, True
+    same_rank = _common_rank(members) is not None
+    fixed = _only_svd(options)
+    if options.allow_nan and fixed is None:
+        reason = "`svd` could not decompose the NaN that is let by"
+        return ("soup" if same_rank else "cat"), reason, None, True
+    if fixed is None and any(member.config.use_dora for member in members):
+        fixed = "DoRA changes the base's weights by more than B and A, which no sum of factors does"
+    if fixed is None and not same_rank:
+        fixed = "the ranks differ, and factors can be summed only where they are the same"
+    if fixed is not None:
+        return "svd", fixed, None, True
     errors, exact = _core.soup_errors(terms, options)
     error = max(errors)
-    return ("svd" if error > LARGEST_SOUP_ERROR else "soup"), error, exact
+    reason = (
+        f"summing A and B apart would change ΔW by {'' if exact else '≈ '}{_percent(error)}, and "
+        f"{_percent(LARGEST_SOUP_ERROR)} is let by"
+    )
+    return ("svd" if error > LARGEST_SOUP_ERROR else "soup"), reason, error, exact
+
+
+def _only_svd(options: Options) -> str | None:
+    """Why no other method does what the options ask for; None if others do."""
+    if options.rank is not None:
+        return "--rank was given"
+    if options.energy is not None:
+        return "--energy was given"
+    if options.normalize != "none":
+        return "each member's ΔW is brought to one norm, which no sum of factors can"
+    return None
+
+
+def _percent(share: float) -> str:
+    """A share in percent, with two digits where it is small.
+
+    >>> _percent(1.4142), _percent(0.00123)
+    ('141 %', '0.12 %')
+    """
+    percent = 100 * share
+    return f"{percent:.0f} %" if percent >= 10 else f"{percent:.2g} %"
 
 
 def unit_coefficients(

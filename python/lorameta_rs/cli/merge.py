@@ -294,6 +294,8 @@ def _refined(
             f"is {found.after:.3f}, and {found.before:.3f} before"
             + (f"; {parts}" if found.kept else ": kept as it was")
         )
+    if run.method == "auto":
+        console.say("method svd: what --refine finds is a sum of ΔW, which no sum of factors is")
     # The coefficients that were found hold all that is to be done with norms.
     return refined, replace(run, method="svd", normalize="none")
 

@@ -44,13 +44,8 @@ def say_done(bank: Bank, jobs: Sequence[Job], done: Merged, run: Options, dry_ru
     )
     if done.norm_bytes:
         read += f", and {console.size(done.norm_bytes)} for norms, which `index` keeps,"
-    if run.allow_nan and run.method == "auto":
-        console.say(f"method {done.method}: `svd` could not decompose the NaN that is let by")
-    if done.soup_error is not None:
-        console.say(
-            f"method {done.method}: summing A and B apart would change ΔW by "
-            f"{'' if done.soup_error_exact else '≈ '}{100 * done.soup_error:.2g} %"
-        )
+    if done.reason is not None:
+        console.say(f"method {done.method}: {done.reason}")
     if dry_run:
         console.say(f"would read {read} with {memory}; nothing was written")
         return
@@ -120,6 +115,7 @@ def as_data(bank: Bank, jobs: Sequence[Job], done: Merged, run: Options) -> dict
     plan["norm_bytes"] = done.norm_bytes
     chosen = {
         "method": done.method,
+        "reason": done.reason,
         "soup_error": done.soup_error,
         "soup_error_exact": done.soup_error_exact,
     }
