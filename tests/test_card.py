@@ -95,3 +95,20 @@ def test_the_commands_can_be_pasted(name):
     code = text.split("```python\n")[1].split("```")[0]
     compile(code, "card", "exec")
     assert json.dumps(name) in code
+
+
+@pytest.mark.parametrize(
+    ("after", "words"),
+    [
+        (1.5, "refined with the base model on 9 rows of the new dataset: the loss of answers that"),
+        (2.5, "Refining with the base model on 9 rows of the new dataset found no better"),
+    ],
+)
+def test_refined_coefficients(after, words):
+    found = record()
+    parts = {"m0": 0.125, "m1": 0.75, "m2": -0.25}
+    found.settings["refined"] = {"rows": 9, "before": 2.5, "after": after, "coefficients": parts}
+    text = card(found)
+    assert "| m1 | 0.1250 | 0.7500 |\n| m2 | 0.2500 | -0.2500 |\n| m0 | 0.0000 | 0.1250 |" in text
+    assert words in text
+    assert f"held out is {after:.3f}" in text

@@ -9,7 +9,8 @@ import pytest
 from safetensors.numpy import load_file
 from words import rows_of, write_bank
 
-from lorameta_rs.errors import InvalidDataset
+from lorameta_rs.errors import InvalidDataset, InvalidSetting
+from lorameta_rs.provenance import Provenance
 from lorameta_rs.refine import Refining, chosen_rows
 
 pytest.importorskip("xllamacpp", reason="llama.cpp has no wheel for this platform")
@@ -58,6 +59,39 @@ def test_the_mixture_that_is_found_is_what_is_merged(lorameta, bank, base, tmp_p
     assert lorameta("merge", "--repeat", tmp_path / "out" / "lorameta.json", "-o", again)[0] == 0
     weights = "adapter_model.safetensors"
     assert (again / weights).read_bytes() == (tmp_path / "out" / weights).read_bytes()
+
+
+def test_what_is_said_is_of_what_was_found(lorameta, bank, base, tmp_path):
+    out = tmp_path / "out"
+    command = ["merge", bank, tmp_path / "new.jsonl", "--rows", "8", "--budget", "20", "-o", out]
+    status, text, err = lorameta(*command, "--refine", base, "--json")
+    assert status == 0, err
+    (found,) = json.loads(text)["jobs"]
+    given = {one["name"]: one["coefficient"] for one in found["members"]}
+    status, text, _ = lorameta("rank", bank, tmp_path / "new.jsonl", "--json")
+    weights = found["refined"]["weights"]
+    for one in json.loads(text)["members"]:
+        name = one["name"]
+        want = weights["(merge)"] * one["coefficient"] + weights[name]
+        assert (given[name], found["refined"]["coefficients"][name]) == (pytest.approx(want),) * 2
+    record = Provenance.load(out / "lorameta.json")
+    shares = np.abs(list(given.values()))
+    number = np.exp(-np.sum(shares / shares.sum() * np.log(shares / shares.sum())))
+    assert found["relevance"]["effective_number"] == pytest.approx(number)
+    assert record.effective_number == pytest.approx(number)
+    assert record.relevance["effective_number"] == pytest.approx(number)
+    card = (out / "README.md").read_text()
+    for name, coefficient in given.items():
+        assert f"| {coefficient:.4f} |" in next(x for x in card.splitlines() if f"| {name} " in x)
+    assert f"In effect {number:.1f} adapters take part." in card
+    assert "with the base model on 8 rows" in card
+    assert f"{found['refined']['after']:.3f}" in card
+    record = json.loads((out / "lorameta.json").read_text())
+    for broken in ([], {"rows": 8, "before": "x", "after": 1}):
+        record["settings"]["refined"] = broken
+        (tmp_path / "broken.json").write_text(json.dumps(record))
+        with pytest.raises(InvalidSetting, match="refined"):
+            Provenance.load(tmp_path / "broken.json")
 
 
 def test_a_search_that_was_broken_off_is_taken_up(lorameta, bank, base, tmp_path):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorameta_rs.member import GGUF_WEIGHTS
-from lorameta_rs.provenance import size
 from lorameta_rs.runtimes import gguf_commands, mlx_command, transformers_code, vllm_command
 
 if TYPE_CHECKING:
@@ -96,17 +95,30 @@ def _summary(record: Provenance) -> str:
 
 
 def _table(record: Provenance) -> list[str]:
-    largest = sorted(record.members, key=lambda member: -abs(size(member["coefficient"])))
+    sizes = record.sizes
+    largest = sorted(record.members, key=lambda member: -abs(sizes[member["name"]]))
     lines = ["| adapter | distance | coefficient |", "| --- | --- | --- |"]
     for member in largest[:_SHOWN]:
         distance = "" if member["distance"] is None else f"{member['distance']:.4f}"
         name = member["name"].replace("|", "\\|")
-        lines.append(f"| {name} | {distance} | {size(member['coefficient']):.4f} |")
-    if record.modules:
+        lines.append(f"| {name} | {distance} | {sizes[member['name']]:.4f} |")
+    if record.refined is not None:
+        lines += ["", _refined(record.refined)]
+    elif record.modules:
         lines += ["", "Coefficients differ from module to module; these are their means."]
     if len(largest) > _SHOWN:
         lines += ["", f"… and {len(largest) - _SHOWN} more with smaller coefficients."]
     return lines
+
+
+def _refined(found: dict[str, Any]) -> str:
+    """What the base model had to say of the coefficients."""
+    rows = f"{found['rows']} rows of the new dataset"
+    loss = f"the loss of answers that were held out is {found['after']:.3f}"
+    if found["after"] < found["before"]:
+        what = f"The coefficients were refined with the base model on {rows}"
+        return f"{what}: {loss}, and was {found['before']:.3f} before."
+    return f"Refining with the base model on {rows} found no better coefficients: {loss}."
 
 
 def _relevance(record: Provenance) -> list[str]:

@@ -86,7 +86,19 @@ class Provenance:
     @property
     def effective_number(self) -> float:
         """How many members, in equal parts, would be as spread out."""
-        return effective_number(np.array([size(c) for c in self.coefficients.values()]))
+        return effective_number(np.array(list(self.sizes.values())))
+
+    @property
+    def refined(self) -> dict[str, Any] | None:
+        """How `refine` came to the coefficients; None if they are as the ranking or a user has."""
+        found: dict[str, Any] | None = self.settings.get("refined")
+        return found
+
+    @property
+    def sizes(self) -> dict[str, float]:
+        """Each member's coefficient as one number: its own in a mixture that was refined."""
+        found = (self.refined or {}).get("coefficients", {})
+        return {name: found.get(name, size(c)) for name, c in self.coefficients.items()}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Provenance:
@@ -182,6 +194,17 @@ def _check_settings(settings: dict[str, Any]) -> None:
         texts = given.get(name, [])
         if not isinstance(texts, list) or not all(isinstance(one, str) for one in texts):
             raise ValueError(f"`{name}` in its settings is no array of texts")
+    match given.get("refined"):
+        case None:
+            pass
+        case {"rows": int(), "before": before, "after": after, **rest}:
+            parts = rest.get("coefficients", {})
+            if not isinstance(parts, dict):
+                raise ValueError("the coefficients of what was refined are no object")
+            for value in (before, after, *parts.values()):
+                _number("what was refined", value)
+        case _:
+            raise ValueError("`refined` in its settings lacks rows, before or after")
     if lacking := {"dtype", "allow_nan"} - given.keys():
         raise ValueError(f"its settings lack {lacking.pop()}")
 

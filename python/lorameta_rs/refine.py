@@ -26,6 +26,7 @@ from lorameta_rs.formats.opening import open_adapters
 from lorameta_rs.index import Index
 from lorameta_rs.llama import Llama
 from lorameta_rs.merge import Job, Options, merge
+from lorameta_rs.relevance import effective_number
 from lorameta_rs.search import search
 from lorameta_rs.shape import delta_norms
 from lorameta_rs.sums import unit_coefficients
@@ -72,7 +73,8 @@ class Refined:
 
     job: Job
     """The job with one coefficient for each module of each member, to be summed as they are, with
-    normalize `none`: the mixture's if it is better on the rows held out, else the merge's."""
+    normalize `none`: the mixture's if it is better on the rows held out, else the merge's. Its
+    ranking has each member's own number in the mixture, and in that of the merge."""
     names: list[str]
     """The candidates: `(merge)`, then members."""
     weights: Floats
@@ -161,15 +163,25 @@ def refine(
     names = [MERGE, *(bank.names[i] for i in near)]
     weights = mixture.weights if after < before else alone
     coefficients, modules = _as_coefficients(bank, job, normalize, weights, near)
+    shares = weights[0] * job.coefficients
+    shares[near] += weights[1:]
     record = {
         "rows": len(search_rows),
         "seed": how.seed,
         "budget": how.budget,
         "weights": dict(zip(names, weights.tolist(), strict=True)),
+        "coefficients": dict(zip(bank.names, shares.tolist(), strict=True)),
         "before": before,
         "after": min(before, after),
     }
-    refined = replace(job, coefficients=coefficients, modules=modules, refined=record)
+    about = replace(job.ranking.relevance, effective_number=effective_number(shares))
+    refined = replace(
+        job,
+        coefficients=coefficients,
+        modules=modules,
+        refined=record,
+        ranking=replace(job.ranking, coefficients=shares, relevance=about),
+    )
     return Refined(refined, names, weights, before, after, done)
 
 

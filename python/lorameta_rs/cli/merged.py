@@ -131,4 +131,5 @@ def _described(bank: Bank, job: Job) -> dict[str, Any]:
             if (any(c) if isinstance(c, list) else c)
         ]
         return {"out": str(job.out), "dataset": None, "members": members}
-    return {"out": str(job.out), "dataset": str(job.dataset), **described(job.ranking)}
+    about = {"refined": job.refined, **described(job.ranking)}
+    return {"out": str(job.out), "dataset": str(job.dataset), **about}
