@@ -9,9 +9,15 @@ import pytest
 from safetensors.numpy import load_file
 from words import rows_of, write_bank
 
+from lorameta_rs import Bank
 from lorameta_rs.errors import InvalidDataset, InvalidSetting
+from lorameta_rs.formats.base import Base
+from lorameta_rs.formats.conversion import write_gguf
+from lorameta_rs.formats.opening import open_adapters
+from lorameta_rs.llama import Llama
+from lorameta_rs.merge import Options
 from lorameta_rs.provenance import Provenance
-from lorameta_rs.refine import Refining, chosen_rows
+from lorameta_rs.refine import Refining, answer_ids, chosen_rows, context_of, end_of_answers
 
 pytest.importorskip("xllamacpp", reason="llama.cpp has no wheel for this platform")
 
@@ -92,6 +98,29 @@ def test_what_is_said_is_of_what_was_found(lorameta, bank, base, tmp_path):
         (tmp_path / "broken.json").write_text(json.dumps(record))
         with pytest.raises(InvalidSetting, match="refined"):
             Provenance.load(tmp_path / "broken.json")
+
+
+@pytest.mark.parametrize("cut", [("--rank", "1"), ("--energy", "0.5")])
+def test_losses_are_of_what_is_written(lorameta, bank, base, tmp_path, cut):
+    out = tmp_path / "out"
+    command = ["merge", bank, tmp_path / "new.jsonl", "--rows", "8", "--budget", "20", *cut]
+    status, _, err = lorameta(*command, "-o", out, "--refine", base)
+    assert status == 0, err
+    refined = Provenance.load(out / "lorameta.json").refined
+    assert lorameta(*command[:3], *cut, "-o", tmp_path / "plain")[0] == 0
+    assert loss(bank, base, out) == pytest.approx(refined["after"], abs=1e-3)
+    assert loss(bank, base, tmp_path / "plain") == pytest.approx(refined["before"], abs=1e-3)
+
+
+def loss(bank, base, folder):
+    """Of the answers that a search of eight rows holds out, with one adapter."""
+    _, held = chosen_rows(folder.parent / "new.jsonl", None, Refining(base, rows=8))
+    rows = answer_ids(Bank(bank).tokenizer, held, end_of_answers(base))
+    path = folder / "adapter.gguf"
+    (member,) = open_adapters(folder)
+    write_gguf(member, path, Base.load(base), "float32", Options())
+    with Llama(base, [path], context=context_of(rows)) as llama:
+        return -np.concatenate(llama.log_likelihoods(rows, [1.0])).mean()
 
 
 def test_a_search_that_was_broken_off_is_taken_up(lorameta, bank, base, tmp_path):

@@ -82,7 +82,7 @@ class Refined:
     before: float
     """On the rows held out, the loss of the merge as it was."""
     after: float
-    """That of the mixture."""
+    """That of the mixture, merged to the rank that was asked for."""
     evaluations: int
 
     @property
@@ -129,7 +129,15 @@ def refine(
     end = end_of_answers(how.base)
     search_rows, held_rows = (answer_ids(bank.tokenizer, rows, end) for rows in (chosen, held))
     near = [int(i) for i in np.argsort(-job.coefficients, kind="stable")[: how.candidates]]
-    plain = Options(method="svd", normalize=normalize, memory=options.memory, io=options.io)
+    plain = Options(
+        method="svd",
+        normalize=normalize,
+        rank=options.rank,
+        energy=options.energy,
+        seed=options.seed,
+        memory=options.memory,
+        io=options.io,
+    )
     merge(bank, [Job(job.coefficients, folder / "merge")], plain)
     members = [*open_adapters(folder / "merge"), *(bank.members[i] for i in near)]
     paths = []
@@ -159,10 +167,18 @@ def refine(
 
         mixture = search(look, len(members), how.budget)
         alone = np.eye(len(members))[0]
-        before, after = (-float(look(x, held_rows).mean()) for x in (alone, mixture.weights))
+        before = -float(look(alone, held_rows).mean())
+    # A mixture is cut to the rank that is written: that is what has to be better.
+    coefficients, modules = _as_coefficients(bank, job, normalize, mixture.weights, near)
+    cut = Job(coefficients, folder / "mixture", modules=modules)
+    merge(bank, [cut], replace(plain, normalize="none"))
+    after = _loss(cut.out, shape, how, context, held_rows)
+    if progress is not None:
+        progress(most, most)
     names = [MERGE, *(bank.names[i] for i in near)]
     weights = mixture.weights if after < before else alone
-    coefficients, modules = _as_coefficients(bank, job, normalize, weights, near)
+    if weights is alone:
+        coefficients, modules = _as_coefficients(bank, job, normalize, alone, near)
     shares = weights[0] * job.coefficients
     shares[near] += weights[1:]
     record = {
@@ -183,6 +199,20 @@ def refine(
         ranking=replace(job.ranking, coefficients=shares, relevance=about),
     )
     return Refined(refined, names, weights, before, after, done)
+
+
+def _loss(adapter: Path, shape: Base, how: Refining, context: int, rows: Sequence[Ids]) -> float:
+    """The loss of answers with one adapter, which is in a folder, as it is."""
+    (member,) = open_adapters(adapter)
+    path = adapter / "one.gguf"
+    write_gguf(member, path, shape, "float32", Options())
+    kept = Cache(how.cache, "likelihoods", *_hashes(how, [path]))
+    found = kept.load(len(rows), rows, [1.0])
+    if found is None:
+        with Llama(how.base, [path], context=context, threads=how.threads) as llama:
+            found = llama.log_likelihoods(rows, [1.0])
+        kept.keep(found, rows, [1.0])
+    return -float(np.concatenate(found).mean())
 
 
 def chosen_rows(
