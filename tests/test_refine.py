@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -159,6 +160,32 @@ def deltas(folder):
     }
 
 
+def test_the_base_that_refines_is_that_of_a_gguf(lorameta, bank, base, tmp_path):
+    command = ["merge", bank, tmp_path / "new.jsonl", "--format", "gguf", "-o", tmp_path / "out"]
+    status, _, err = lorameta(*command)
+    assert (status, "architecture, which is not known" in err) == (1, True)
+    status, _, err = lorameta(*command, "--refine", base, "--rows", "8", "--budget", "10")
+    assert (status, (tmp_path / "out" / "adapter.gguf").exists()) == (0, True), err
+    assert int(re.search(r"refined by (\d+) evaluations", err)[1]) <= 10
+
+
+def test_what_cannot_be_written_is_refused_before_refining(lorameta, bank, base, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "phi3", "num_attention_heads": 2}')
+    command = ["merge", bank, tmp_path / "new.jsonl", "--format", "gguf", "-o", tmp_path / "out"]
+    command += ["--base-config", tmp_path / "config.json"]
+    status, _, err = lorameta(*command, "--refine", base, "--rows", "8", "--budget", "10")
+    assert (status, "refining takes about" in err) == (1, False), err
+
+
+def test_a_dry_run_says_that_it_would_refine(lorameta, bank, base, tmp_path):
+    command = ["merge", bank, tmp_path / "new.jsonl", "-o", tmp_path / "out", "--dry-run"]
+    status, _, err = lorameta(*command, "--refine", base, "--rows", "8", "--budget", "10")
+    assert (status, "by 10 evaluations of 8 rows at most" in err) == (0, True), err
+    for option in ("--rows", "--budget", "--candidates", "--cache"):
+        status, _, err = lorameta(*command, option, "12")
+        assert (status, f"{option} has no effect without --refine" in err) == (2, True), err
+
+
 def test_rows_are_drawn_apart_with_the_seed(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_text(rows_of(1, 500))
@@ -181,7 +208,10 @@ def test_what_cannot_be_refined_is_said(lorameta, bank, base, tmp_path):
         chosen_rows(tmp_path / "plain.txt", None, Refining(base))
     command[2] = tmp_path / "new.jsonl"
     status, _, err = lorameta(*command, "--method", "soup")
-    assert (status, "which `soup` does not sum" in err) == (1, True)
+    assert (status, "the method is `soup`, but what is found is a sum of ΔW" in err) == (1, True)
+    for more in (("--method", "cat"), ("--method", "cat", "--dry-run")):
+        status, _, err = lorameta(*command, *more)
+        assert (status, "`svd` brings to one rank" in err) == (1, True)
     status, _, err = lorameta(*command[:-1], tmp_path / "none.gguf")
     assert (status, "none.gguf" in err) == (1, True)
     assert lorameta("merge", bank, "--weights", "a_r8=1", *command[3:])[0] == 2

@@ -25,7 +25,7 @@ from lorameta_rs.formats.conversion import write_gguf
 from lorameta_rs.formats.opening import open_adapters
 from lorameta_rs.index import Index
 from lorameta_rs.llama import Llama
-from lorameta_rs.merge import Job, Options, merge
+from lorameta_rs.merge import Job, Options, merge, plan
 from lorameta_rs.relevance import effective_number
 from lorameta_rs.search import search
 from lorameta_rs.shape import delta_norms
@@ -84,6 +84,7 @@ class Refined:
     after: float
     """That of the mixture, merged to the rank that was asked for."""
     evaluations: int
+    """Of the rows to choose by, as `Refining.budget` counts them."""
 
     @property
     def kept(self) -> bool:
@@ -120,9 +121,10 @@ def refine(
     """
     if job.dataset is None or job.ranking is None:
         raise InvalidSetting("refine: only what a dataset chose can be refined by its answers")
-    if options.method not in ("auto", "svd"):
-        raise InvalidSetting(f"refine: mixtures are of ΔW, which `{options.method}` does not sum")
+    check_method(options)
     normalize = options.normalize or "unit"
+    # What cannot be merged or written is refused before the work.
+    plan(bank, [job], replace(options, method="svd", normalize=normalize))
     columns = None if job.fingerprint is None else job.fingerprint.columns
     chosen, held = chosen_rows(job.dataset, columns, how)
     shape = Base.load(how.base)
@@ -198,7 +200,20 @@ def refine(
         refined=record,
         ranking=replace(job.ranking, coefficients=shares, relevance=about),
     )
-    return Refined(refined, names, weights, before, after, done)
+    return Refined(refined, names, weights, before, after, mixture.evaluations)
+
+
+def check_method(options: Options) -> None:
+    """See that what is found can be written as the options want it.
+
+    Raises:
+        InvalidSetting: It cannot.
+    """
+    if options.method not in ("auto", "svd"):
+        raise InvalidSetting(
+            f"refine: the method is `{options.method}`, but what is found is a sum of ΔW that "
+            "`svd` brings to one rank\nleave --method out, or give svd"
+        )
 
 
 def _loss(adapter: Path, shape: Base, how: Refining, context: int, rows: Sequence[Ids]) -> float:

@@ -21,6 +21,7 @@ _OF_RESULT = (
     *("method", "rank", "energy", "normalize", "density", "majority_sign", "seed"),
     *("dtype", "allow_nan", "memory"),
 )
+_OF_REFINING = ("rows", "budget", "candidates", "cache")
 
 
 @click.command()
@@ -173,10 +174,13 @@ def merge(
 
     from lorameta_rs.cli.merged import as_data, say_done, say_jobs
     from lorameta_rs.merge import merge, plan
+    from lorameta_rs.refine import check_method
 
     if sum((bool(datasets), bool(weights), repeat is not None)) != 1:
         raise click.UsageError("give one of: a DATASET, --weights, --repeat")
     arguments = options.as_paper(context, arguments)
+    if arguments["refine"] is None:
+        options.refuse(context, _OF_REFINING, "--refine", "without")
     if repeat is not None:
         options.refuse(
             context,
@@ -194,6 +198,8 @@ def merge(
             )
             opened, jobs = _weighted(bank, weights, _one(outs), arguments)
         else:
+            if arguments["refine"] is not None:
+                check_method(run)
             opened, jobs, norms = _compared(context, bank, datasets, outs, arguments, not dry_run)
             if norms == "none" and run.normalize is None:  # `unit` is what a merge does anyway
                 run = replace(run, normalize=norms)
@@ -202,6 +208,11 @@ def merge(
     if not as_json:
         say_jobs(jobs)
     if dry_run:
+        if arguments["refine"] is not None:
+            console.say(
+                f"--refine would look for better coefficients by {arguments['budget']} evaluations "
+                f"of {arguments['rows']} rows at most; what follows is of the merge without it"
+            )
         done = plan(opened, jobs, run)
     else:
         with console.progress("merging") as update:
@@ -216,7 +227,7 @@ def _options(arguments: dict[str, Any]) -> Options:
     from lorameta_rs.formats.base import Base
     from lorameta_rs.merge import Options
 
-    given = arguments["base_config"]
+    given = arguments["base_config"] or arguments["refine"]
     base = None if given is None else Base.load(given)
     names = ("formats", *_OF_RESULT[:-1], "threads", "io", "verify", "force")
     chosen = {name: arguments[name] for name in names}
