@@ -296,6 +296,19 @@ def test_a_dry_run_writes_nothing_at_all(bank, dataset, out, lorameta):
     assert json.loads(text)["plan"]["norm_bytes"] == 0
 
 
+def test_what_a_dense_sum_takes_is_said_before_it_begins(written, dataset, out, lorameta):
+    dense = ["--method", "ties_svd", "--density", "0.5"]
+    command = ["merge", written.folder, dataset, "-o", out]
+    written.edit("hamlet", lambda tensors: next(iter(tensors.values())).fill(np.nan))
+    status, _, err = lorameta(*command, *dense)
+    assert (status, re.search(r"ties_svd takes [\d.]+ [kM]B of buffers", err) is not None) == (
+        1,
+        True,
+    )
+    status, _, err = lorameta(*command, "--method", "svd")
+    assert (status, " takes " in err) == (1, False)
+
+
 def test_an_output_is_replaced_only_by_force_and_only_if_it_is_ours(bank, dataset, out, lorameta):
     merge = ["merge", bank, dataset, "-o", out]
     assert lorameta(*merge)[0] == 0

@@ -172,7 +172,7 @@ def merge(
     """
     from dataclasses import replace
 
-    from lorameta_rs.cli.merged import as_data, say_done, say_jobs
+    from lorameta_rs.cli.merged import as_data, memory_of, say_done, say_jobs
     from lorameta_rs.merge import merge, plan
     from lorameta_rs.refine import check_method
 
@@ -215,6 +215,9 @@ def merge(
             )
         done = plan(opened, jobs, run)
     else:
+        if run.method.endswith("_svd"):
+            # These form one module's ΔW at a time: what that takes is said before it is taken.
+            console.say(f"{run.method} takes {memory_of(plan(opened, jobs, run))}")
         with console.progress("merging") as update:
             done = merge(opened, jobs, run, update)
     if as_json:

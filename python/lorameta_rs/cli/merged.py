@@ -36,12 +36,8 @@ def say_jobs(jobs: Sequence[Job]) -> None:
 def say_done(bank: Bank, jobs: Sequence[Job], done: Merged, run: Options, dry_run: bool) -> None:
     """What was read and written, or would be; who loads it, and how."""
     used = np.any([np.any(np.atleast_2d(job.coefficients.T), axis=0) for job in jobs], axis=0)
-    plan = done.plan
-    read = f"{console.size(plan.bytes)} of {console.number(int(used.sum()), 'adapter')}"
-    memory = (
-        f"{console.size(plan.memory)} of buffers and mapped pages, "
-        f"{console.number(plan.threads, 'thread')}"
-    )
+    read = f"{console.size(done.plan.bytes)} of {console.number(int(used.sum()), 'adapter')}"
+    memory = memory_of(done)
     if done.norm_bytes:
         read += f", and {console.size(done.norm_bytes)} for norms, which `index` keeps,"
     if done.reason is not None:
@@ -53,6 +49,14 @@ def say_done(bank: Bank, jobs: Sequence[Job], done: Merged, run: Options, dry_ru
     for job, outcome in zip(jobs, done.outcomes, strict=True):
         console.say(f"wrote {job.out}{_rank_of(outcome)}")
     _say_use(bank, jobs, run)
+
+
+def memory_of(done: Merged) -> str:
+    """What a merge takes while it runs."""
+    return (
+        f"{console.size(done.plan.memory)} of buffers and mapped pages, "
+        f"{console.number(done.plan.threads, 'thread')}"
+    )
 
 
 def _say_use(bank: Bank, jobs: Sequence[Job], run: Options) -> None:
