@@ -317,6 +317,20 @@ def test_a_member_of_zeros_stays_zero_under_unit_norms(make_bank, tmp_path):
     np.testing.assert_allclose(delta(tensors, Q, scale), want, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["auto", "svd", "cat", "linear"])
+def test_nothing_but_zeros_stays_zero_under_unit_norms(make_bank, tmp_path, method):
+    written = make_bank("ab")
+    written.edit(
+        "b", lambda tensors: [t.fill(0) for name, t in tensors.items() if "lora_B" in name]
+    )
+    bank = Bank(written.folder)
+    options = Options(method=method, normalize="unit")
+    merge(bank, [Job(np.array([0.0, 0.5]), tmp_path / "out")], options)
+    tensors, scale = result(tmp_path / "out")
+    for module in modules(bank):
+        assert not delta(tensors, module, scale).any()
+
+
 def test_coefficients_of_modules_and_of_layers(real, tmp_path):
     bank = Bank(real.folder)
     patterns = ("0", ".*v_proj")

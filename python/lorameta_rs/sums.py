@@ -212,7 +212,8 @@ def unit_coefficients(
 ) -> list[list[list[float]]]:
     """Coefficients that give each ΔW norm one, and each sum the weighted mean of the norms.
 
-    In module m: c_i / n_im · Σ_j |c_j| n_jm / Σ_j |c_j|, over the members that change m.
+    In module m: c_i / n_im · Σ_j |c_j| n_jm / Σ_j |c_j|, over the members that change m: those
+    whose norm is not zero there. Where none changes anything, all coefficients stay.
     """
 
     def of_job(rows: list[list[float]]) -> list[list[float]]:
@@ -226,13 +227,15 @@ def unit_coefficients(
                 if norm > 0:
                     total[name] = total.get(name, 0.0) + abs(c) * norm
                     weight[name] = weight.get(name, 0.0) + abs(c)
-        return [
+        brought = [
             [
                 c / norm * (total[name] / weight[name]) if norm > 0 and c != 0 else 0.0
                 for c, (name, norm) in zip(row, own.items(), strict=True)
             ]
             for row, own in zip(full, norms, strict=True)
         ]
+        # A sum of zeros is zero, and no sum of nothing, which the core refuses.
+        return brought if any(any(row) for row in brought) else full
 
     return [of_job(rows) for rows in coefficients]
 
