@@ -422,6 +422,11 @@ def test_coefficients_that_cannot_be_used(make_bank, tmp_path, row, said):
         ({"method": "ties"}, "density: the method `ties` needs it"),
         ({"method": "dare_ties_svd", "density": 0.0}, "density is 0.0, expected a share"),
         ({"method": "ties", "density": 0.5, "majority_sign": "mean"}, "expected one of total"),
+        ({"method": "svd", "majority_sign": "frequency"}, "majority_sign: the method `svd` takes"),
+        (
+            {"method": "dare_linear", "density": 0.5, "majority_sign": "frequency"},
+            "majority_sign: the method `dare_linear` takes none",
+        ),
         ({"method": "svd", "rank": 0}, "rank is 0, expected 1 or more"),
         ({"method": "svd", "rank": 4, "energy": 0.9}, "give one"),
         ({"method": "svd", "energy": 1.1}, "energy is 1.1, expected a share"),

@@ -143,11 +143,18 @@ class Options:
             raise InvalidSetting("rank and energy both choose the rank: give one")
         if self.energy is not None and not 0 < self.energy <= 1:
             raise InvalidSetting(f"energy is {self.energy}, expected a share above 0, up to 1")
-        given = {"rank": self.rank, "energy": self.energy, "density": self.density}
+        majority = None if self.majority_sign == MAJORITIES[0] else self.majority_sign
+        given = {
+            "rank": self.rank,
+            "energy": self.energy,
+            "density": self.density,
+            "majority_sign": majority,
+        }
         for name, taken in (
             ("rank", self.method == "auto" or self.method.endswith("svd")),
             ("energy", self.method in ("auto", "svd")),
             ("density", self.method.removesuffix("_svd") in SPARSE),
+            ("majority_sign", "ties" in self.method),
         ):
             if given[name] is not None and not taken:
                 raise InvalidSetting(f"{name}: the method `{self.method}` takes none")
