@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from lorameta_rs import Bank
+from lorameta_rs.bank import lacking
 from lorameta_rs.errors import (
     InvalidBank,
     InvalidSetting,
@@ -65,7 +66,8 @@ def test_malformed(malformed, tmp_path, name):
     assert [name for name, made in make_fingerprints(bank).items() if made] == list(compared)
     assert bank.names == list(compared)
     bank.merge(np.ones(len(bank)), tmp_path / "compared")
-    spoken = "\n".join([*bank.notes, *map(str, bank.left_out.values())])
+    said_of_merges = [odd for odd in [lacking(bank.members)] if odd is not None]
+    spoken = "\n".join([*bank.notes, *map(str, bank.left_out.values()), *said_of_merges])
     assert re.search(said, spoken)
     if not said:
         assert spoken == ""

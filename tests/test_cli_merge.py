@@ -309,6 +309,25 @@ def test_what_a_dense_sum_takes_is_said_before_it_begins(written, dataset, out, 
     assert (status, " takes " in err) == (1, False)
 
 
+def test_only_members_that_take_part_are_said_to_lack_modules(make_bank, out, lorameta):
+    every = {f"layers.{i}.q": (5, 7) for i in range(2)}
+    own = {f"m{i}": {"modules": dict(list(every.items())[i > 1 :])} for i in range(6)}
+    folder = make_bank(own).folder
+
+    def warned(*names):
+        weights = [word for name in names for word in ("--weights", f"{name}=0.5")]
+        status, _, err = lorameta("merge", folder, *weights, "-o", out, "--dry-run")
+        return status, [line for line in err.splitlines() if line.startswith("warning")]
+
+    assert warned("m0", "m1") == (0, [])
+    assert warned("m4", "m5") == (0, [])
+    one = "warning: `m2`: has no `layers.0.q`, which others have; it counts as zero there"
+    assert warned("m0", "m2") == (0, [one])
+    (line,) = warned(*own)[1]
+    assert line.startswith("warning: `m2`, `m3`, `m4` and 1 other member lack modules that others")
+    assert warned("m0", "nobody") == (1, [])
+
+
 def test_an_output_is_replaced_only_by_force_and_only_if_it_is_ours(bank, dataset, out, lorameta):
     merge = ["merge", bank, dataset, "-o", out]
     assert lorameta(*merge)[0] == 0

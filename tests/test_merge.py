@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorameta_rs import Bank
+from lorameta_rs.bank import lacking
 from lorameta_rs.errors import (
     FileChanged,
     InvalidSetting,
@@ -156,7 +157,12 @@ def test_a_module_that_a_member_lacks_counts_as_zero(make_bank, tmp_path):
     own = {name: {"modules": dict(list(every.items())[i:])} for i, name in enumerate("abc")}
     written = make_bank(own, config={"target_modules": ["q"]})
     bank = Bank(written.folder)
-    assert [note for note in bank.notes if "`b`: has no `layers.0.q`, which others have" in note]
+    assert lacking(bank.members[:1]) is lacking(bank.members[2:]) is None
+    said = lacking(bank.members[:2])
+    assert said == "`b`: has no `layers.0.q`, which others have; it counts as zero there"
+    assert lacking(bank.members) == (
+        "`b`, `c` lack modules that others have, and count as zero there"
+    )
     got, _ = merged(bank, {"a": 0.5, "b": 0.25, "c": 2.0}, tmp_path / "out")
     assert_sums(got, [*written.numbers.values()], [0.5, 0.25, 2.0])
     got, config = merged(bank, {"c": 2.0}, tmp_path / "c")

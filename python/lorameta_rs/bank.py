@@ -339,15 +339,6 @@ class Bank:
             else:
                 self.left_out[member.name] = fault
         self.members = kept
-        every = {module.name for member in kept for module in member.modules}
-        for member in kept:
-            lacking = sorted(every - {module.name for module in member.modules})
-            if lacking:
-                self.notes.append(
-                    f"`{member.name}`: has no `{lacking[0]}`"
-                    + (f" and {len(lacking) - 1} other modules" if len(lacking) > 1 else "")
-                    + ", which others have; it counts as zero there"
-                )
 
     def _other_base(self, member: Member) -> LayoutMismatch | None:
         base = member.config.base_model_name_or_path
@@ -384,6 +375,24 @@ class Bank:
             if len(alike) > 1:
                 listed = ", ".join(f"`{name}`" for name in alike)
                 self.notes.append(f"the names {listed} differ in case only")
+
+
+def lacking(members: Sequence[Member]) -> str | None:
+    """What to tell of members without modules that others of them have; None if all have all."""
+    names = {member.name: {module.name for module in member.modules} for member in members}
+    every = set().union(*names.values())
+    without = {name: sorted(every - own) for name, own in names.items() if own != every}
+    if not without:
+        return None
+    first, *others = without
+    if not others:
+        modules = without[first]
+        more = f" and {len(modules) - 1} other modules" if len(modules) > 1 else ""
+        return f"`{first}`: has no `{modules[0]}`{more}, which others have; it counts as zero there"
+    listed = ", ".join(f"`{name}`" for name in list(without)[:3])
+    count = len(without) - 3
+    more = f" and {count} other member{'s' if count > 1 else ''}" if count > 0 else ""
+    return f"{listed}{more} lack modules that others have, and count as zero there"
 
 
 def member_folders(bank: Path) -> list[Path]:

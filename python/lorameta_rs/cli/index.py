@@ -33,6 +33,7 @@ def index(bank: Path, metrics: tuple[str, ...], as_json: bool, **arguments: Any)
     Does only what is missing or out of date. `merge` and `rank` count tokens too, where they have
     to, but what `index` keeps tells them more: which files they use, and how near is near.
     """
+    from lorameta_rs.bank import lacking
     from lorameta_rs.distance import applicable
     from lorameta_rs.index import hash_adapters, leave_out_not_finite, nearest_distances
 
@@ -42,6 +43,8 @@ def index(bank: Path, metrics: tuple[str, ...], as_json: bool, **arguments: Any)
         hashed = hash_adapters(opened, progress=step)
     leave_out_not_finite(opened)
     console.report(opened, said)
+    if (odd := lacking(opened.members)) is not None:
+        console.warn(odd)
     for metric in metrics:
         for name in applicable(metric, opened.fingerprints):
             with console.progress(f"comparing datasets by {name}") as update:

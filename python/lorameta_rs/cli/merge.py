@@ -172,7 +172,7 @@ def merge(
     """
     from dataclasses import replace
 
-    from lorameta_rs.cli.merged import as_data, memory_of, say_done, say_jobs
+    from lorameta_rs.cli.merged import as_data, memory_of, say_done, say_jobs, say_lacking
     from lorameta_rs.merge import merge, plan
     from lorameta_rs.refine import check_method
 
@@ -205,6 +205,7 @@ def merge(
                 run = replace(run, normalize=norms)
             if arguments["refine"] is not None and not dry_run:
                 jobs, run = _refined(opened, jobs, run, arguments)
+    say_lacking(opened, jobs)
     if not as_json:
         say_jobs(jobs)
     if dry_run:

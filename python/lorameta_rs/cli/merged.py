@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lorameta_rs.bank import lacking
 from lorameta_rs.cli import console
 from lorameta_rs.cli.rank import HEADERS, described, rows, say_relevance
 from lorameta_rs.member import Member, open_members
@@ -35,8 +36,8 @@ def say_jobs(jobs: Sequence[Job]) -> None:
 
 def say_done(bank: Bank, jobs: Sequence[Job], done: Merged, run: Options, dry_run: bool) -> None:
     """What was read and written, or would be; who loads it, and how."""
-    used = np.any([np.any(np.atleast_2d(job.coefficients.T), axis=0) for job in jobs], axis=0)
-    read = f"{console.size(done.plan.bytes)} of {console.number(int(used.sum()), 'adapter')}"
+    count = len(_used(bank, jobs))
+    read = f"{console.size(done.plan.bytes)} of {console.number(count, 'adapter')}"
     memory = memory_of(done)
     if done.norm_bytes:
         read += f", and {console.size(done.norm_bytes)} for norms, which `index` keeps,"
@@ -49,6 +50,18 @@ def say_done(bank: Bank, jobs: Sequence[Job], done: Merged, run: Options, dry_ru
     for job, outcome in zip(jobs, done.outcomes, strict=True):
         console.say(f"wrote {job.out}{_rank_of(outcome)}")
     _say_use(bank, jobs, run)
+
+
+def say_lacking(bank: Bank, jobs: Sequence[Job]) -> None:
+    """Which of the members that take part change fewer modules than others of them."""
+    if (odd := lacking(_used(bank, jobs))) is not None:
+        console.warn(odd)
+
+
+def _used(bank: Bank, jobs: Sequence[Job]) -> list[Member]:
+    """The members that have a coefficient in any job."""
+    used = np.any([np.any(np.atleast_2d(job.coefficients.T), axis=0) for job in jobs], axis=0)
+    return [member for member, takes_part in zip(bank.members, used, strict=True) if takes_part]
 
 
 def memory_of(done: Merged) -> str:
