@@ -328,6 +328,19 @@ def test_only_members_that_take_part_are_said_to_lack_modules(make_bank, out, lo
     assert warned("m0", "nobody") == (1, [])
 
 
+def test_the_paper_is_not_told_of_methods_that_it_refuses(make_bank, dataset, out, lorameta):
+    texts = {name: {"text": text, "rank": i + 2} for i, (name, text) in enumerate(TEXTS.items())}
+    folder = make_bank(texts, tokenizer=True).folder
+    command = ["merge", folder, dataset, "-o", out, "--paper"]
+    status, _, err = lorameta(*command)
+    assert (status, "without --paper, which is `soup`, `--method svd`" in err) == (1, True), err
+    status, _, err = lorameta(*command, "--method", "svd")
+    assert (status, "--method has no effect beside --paper" in err) == (2, True)
+    status, _, err = lorameta(*command, "--refine", "base.gguf")
+    assert (status, "--refine has no effect beside --paper" in err) == (2, True)
+    assert lorameta(*command[:-1], "--method", "svd")[0] == 0
+
+
 def test_an_output_is_replaced_only_by_force_and_only_if_it_is_ours(bank, dataset, out, lorameta):
     merge = ["merge", bank, dataset, "-o", out]
     assert lorameta(*merge)[0] == 0

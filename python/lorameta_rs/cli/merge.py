@@ -179,6 +179,8 @@ def merge(
     if sum((bool(datasets), bool(weights), repeat is not None)) != 1:
         raise click.UsageError("give one of: a DATASET, --weights, --repeat")
     arguments = options.as_paper(context, arguments)
+    if context.params["paper"]:
+        options.refuse(context, ("refine",), "--paper")
     if arguments["refine"] is None:
         options.refuse(context, _OF_REFINING, "--refine", "without")
     if repeat is not None:
