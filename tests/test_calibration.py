@@ -160,6 +160,15 @@ def test_rank_and_merge_use_it(lorameta, folder, tmp_path):
     assert (status, "calibration.json` is out of date: `newer` is new" in err) == (0, True)
 
 
+def test_a_calibrated_bank_is_still_a_bank(lorameta, folder, tmp_path):
+    assert lorameta("calibrate", folder, "--metric", "js", "--width", 4)[0] == 0
+    assert (folder / "learned.safetensors").exists()
+    status, out, err = lorameta("inspect", folder, "--json")
+    assert (status, len(json.loads(out)["adapters"])) == (0, len(NAMES)), err
+    status, _, err = lorameta("convert", folder, "--to", "peft", "-o", tmp_path / "packed")
+    assert (status, len(Bank(tmp_path / "packed").names)) == (0, len(NAMES)), err
+
+
 def test_calibrate_as_json(lorameta, folder):
     status, out, err = lorameta("calibrate", folder, "--metric", "js", "--width", 4, "--json")
     assert status == 0, err

@@ -6,7 +6,7 @@ import json
 import os
 from typing import TYPE_CHECKING, TypeVar
 
-from lorameta_rs import _core, files
+from lorameta_rs import _core, files, learned
 from lorameta_rs.config import AdapterConfig
 from lorameta_rs.config_fields import FILE_NAME
 from lorameta_rs.errors import InvalidAdapter, LoraMetaError
@@ -39,7 +39,7 @@ def is_adapter(path: Path) -> bool:
     if not path.is_dir():
         return True
     with files.refusals(path):
-        names = {entry.name for entry in path.iterdir()}
+        names = {entry.name for entry in path.iterdir()} - {learned.FILE_NAME}  # that is a bank's
     known = (FILE_NAME, WEIGHTS, PICKLE, MLX_WEIGHTS)
     return not names.isdisjoint(known) or any(n.endswith((GGUF, _SAFETENSORS)) for n in names)
 
