@@ -154,3 +154,28 @@ def test_a_few_members_are_needed(bank):
     three = np.eye(3)
     with pytest.raises(InvalidBank, match="3 members: calibrating needs 4 at least"):
         trials([three], {"js": 1 - three}, ["js"])
+
+
+def test_what_is_zero_is_left_out():
+    """A module in which no member does anything, and a member that does nothing at all."""
+    random = np.random.default_rng(2)
+    x = random.normal(size=(8, 60))
+    x[3] = 0.0
+    distances = random.uniform(0.5, 1.0, (8, 8))
+    distances = (distances + distances.T) / 2
+    np.fill_diagonal(distances, 0.0)
+    grams = [x @ x.T, 2 * x @ x.T]
+    alone, _ = trials(grams, {"js": distances}, ["js"], width=4)
+    beside, _ = trials([*grams, np.zeros((8, 8))], {"js": distances}, ["js"], width=4)
+    for one, other in zip(alone, beside, strict=True):
+        np.testing.assert_array_equal(one.cosine, other.cosine)
+        assert one.error.shape == (7,)
+    (uniform,) = (
+        one for one in alone if (one.settings.pipeline, one.normalize) == ("uniform", "none")
+    )
+    product = np.array([x[i] @ x.sum(axis=0) - x[i] @ x[i] for i in range(8) if i != 3])
+    rest = np.array([np.sum((x.sum(axis=0) - x[i]) ** 2) for i in range(8) if i != 3])
+    norms = np.array([x[i] @ x[i] for i in range(8) if i != 3])
+    assert uniform.scale == pytest.approx(7 * np.sum(product / norms) / np.sum(rest / norms))
+    with pytest.raises(InvalidBank, match="ΔW is zero in 8 of 8 members"):
+        trials([np.zeros((8, 8))], {"js": distances}, ["js"])

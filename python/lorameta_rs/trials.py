@@ -55,9 +55,9 @@ class Tried:
     normalize: str
     """One of `merge.NORMALIZATIONS`."""
     cosine: Floats
-    """Between the sum and the member's ΔW [n]; 0 where one of them is nothing."""
+    """Between the sum and the ΔW of each member that has one; 0 where the sum is nothing."""
     error: Floats
-    """‖sum − ΔW‖ / ‖ΔW‖ [n]."""
+    """‖sum − ΔW‖ / ‖ΔW‖ of these members."""
     scale: float
     """With which the mean of the squared errors would be least."""
     of_modules: bool = False
@@ -84,11 +84,18 @@ def trials(
         their metrics, taught by all members.
 
     Raises:
-        InvalidBank: There are fewer than four members.
+        InvalidBank: There are fewer than four members, or fewer whose ΔW is not zero.
     """
     n = len(modules[0])
     if n < _FEWEST:
         raise InvalidBank(f"{n} members: calibrating needs {_FEWEST} at least, each left out once")
+    able = int(np.count_nonzero(_squared_norms(modules)))
+    if able < _FEWEST:
+        raise InvalidBank(
+            f"ΔW is zero in {n - able} of {n} members, with which no sum can be compared: "
+            f"calibrating needs {_FEWEST} others at least"
+        )
+    modules = [gram for gram in modules if np.trace(gram) > 0.0]  # the others have no inverse
     found = []
     for settings, rows in _plain(distances, metrics, n):
         found += [_scored(modules, [rows], settings, norms) for norms in ("unit", "none")]
@@ -179,20 +186,27 @@ def _scored(
 ) -> Tried:
     """How near sums come: of the same coefficients in all modules, or of each module's own."""
     n = len(modules[0])
-    square, product, norm = np.zeros((3, n))
+    square, product = np.zeros((2, n))
     for gram, c in zip(modules, rows if len(rows) > 1 else list(rows) * len(modules), strict=True):
         weights = _of_unit_norm(c, gram) if normalize == "unit" else c
         beside = weights @ gram
         square += np.sum(beside * weights, axis=1)
         product += np.diag(beside)
-        norm += np.diag(gram)
+    norm = _squared_norms(modules)
+    some = norm > 0.0
+    square, product, norm = square[some], product[some], norm[some]
     both = np.sqrt(np.maximum(square * norm, 0.0))
-    cosine = np.divide(product, both, out=np.zeros(n), where=both > 0.0)
-    safe = np.where(norm > 0.0, norm, 1.0)
-    error = np.sqrt(np.maximum(square - 2.0 * product + norm, 0.0) / safe)
-    total = float(np.sum(square / safe))
-    scale = float(np.sum(product / safe)) / total if total > 0.0 else 1.0
+    cosine = np.divide(product, both, out=np.zeros_like(both), where=both > 0.0)
+    error = np.sqrt(np.maximum(square - 2.0 * product + norm, 0.0) / norm)
+    total = float(np.sum(square / norm))
+    scale = float(np.sum(product / norm)) / total if total > 0.0 else 1.0
     return Tried(settings, normalize, cosine, error, scale, len(rows) > 1)
+
+
+def _squared_norms(modules: Sequence[Floats]) -> Floats:
+    """‖ΔW‖² of each member, over all modules [n]."""
+    squares: Floats = np.sum([np.maximum(np.diag(gram), 0.0) for gram in modules], axis=0)
+    return squares
 
 
 def _of_unit_norm(rows: Floats, gram: Floats) -> Floats:
