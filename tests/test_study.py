@@ -10,6 +10,7 @@ import pytest
 from words import rows_of, write_bank
 
 from lorameta_rs import Bank
+from lorameta_rs.distance import pairwise
 from lorameta_rs.evaluate import Evaluation
 from lorameta_rs.index import make_fingerprints
 from lorameta_rs.scores import MEASURES
@@ -52,13 +53,35 @@ def test_differences_are_paired():
     }
 
 
-def test_families_are_those_of_the_file_or_of_the_nearest(bank, tmp_path):
-    for name, shift in (("a_r8", 1), ("b_r8", 30), ("e_r16", 30)):
-        (bank / name / "train.jsonl").write_text(rows_of(shift, 20))
+def test_families_are_those_of_the_file_or_of_the_two_nearest(bank, tmp_path):
+    for name in ("b_r8", "e_r16"):
+        shutil.rmtree(bank / name)
+    (bank / "a_r8").rename(bank / "one0")
+    (bank / "one0" / "train.jsonl").write_text(alike(0, 0))
+    for family, kind in (("one", 0), ("two", 1)):
+        for number in range(1 - kind, 4):
+            shutil.copytree(bank / "one0", bank / f"{family}{number}")
+            (bank / f"{family}{number}" / "train.jsonl").write_text(alike(kind, number))
     opened = Bank(bank)
     make_fingerprints(opened)
+    matrix = pairwise("mmd", opened.fingerprints) + np.diag(np.full(8, np.inf))
+    assert matrix.argmin(axis=1).tolist() == [1, 0, 3, 2, 5, 4, 7, 6]  # pairs, by one nearest
     found = families(opened)
-    assert found["b_r8"] == found["e_r16"]
+    assert [
+        {found[name] for name in opened.names if name.startswith(one)} for one in ("one", "two")
+    ] == [{found["one0"]}, {found["two0"]}]
+    assert found["one0"] != found["two0"]
+
+
+def alike(kind, number):
+    """Rows of one kind's words; of its members the first two are nearer each other."""
+    common, own = 10 + 20 * kind, 14 + 20 * kind + 4 * (number // 2) + number % 2
+    rows = [{"input": f"w{common + i % 3}", "output": f" w{own}"} for i in range(12)]
+    return "\n".join(map(json.dumps, rows))
+
+
+def test_families_of_the_file(bank):
+    make_fingerprints(Bank(bank))
     (bank / "bank.toml").write_text('[families]\na_r8 = "x"\ne_r16 = "x"\n')
     assert families(Bank(bank)) == {"a_r8": "x", "b_r8": "b_r8", "e_r16": "x"}
 
@@ -86,6 +109,8 @@ def test_each_member_is_answered_by_the_others(lorameta, bank, golden, tmp_path)
     status, out, err = lorameta(*command, "--protocol", "lofo", "--json")
     assert status == 0, err
     assert json.loads(out)["tasks"] == ["a_r8", "c_r8"]
+    assert json.loads(out)["families"] == [["a_r8", "b_r8"], ["c_r8"]]
+    assert "families, by `bank.toml`: `a_r8`, `b_r8`; `c_r8`" in err
     (bank / "bank.toml").write_text('[families]\na_r8 = "x"\nb_r8 = "x"\nc_r8 = "x"\n')
     status, _, err = lorameta(*command, "--protocol", "lofo")
     assert (status, "all members are of its family" in err) == (1, True)

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 PROTOCOLS = ("loo", "lofo")
 CONTROLS = ("base", "random", "uniform", "nearest", "paper", "generated", "fine-tuned")
 """What is compared, the thing itself last but one: `generated` by the settings of the study."""
+# With which a member is of one family, where nobody has named families.
+_NEAREST = 2
 
 
 @dataclass(eq=False)
@@ -43,6 +45,8 @@ class Study:
     """By each of `CONTROLS`, of each task `scores.scores` [rows, measures]."""
     lengths: list[list[int]] = field(default_factory=list)
     """Of each task the prompts' lengths in tokens."""
+    families: list[list[str]] = field(default_factory=list)
+    """The members that were left out together, where the protocol is `lofo`."""
     notes: list[str] = field(default_factory=list)
 
     def add(self, task: str, found: Mapping[str, Evaluation]) -> None:
@@ -76,8 +80,9 @@ class Study:
 def families(bank: Bank) -> dict[str, str]:
     """Each member's family: that of `bank.toml`, or else found by the datasets.
 
-    Without names, members are of one family that are each other's nearest, or nearest to one of
-    them, and so on: the connected parts of the graph of nearest neighbours.
+    Without names, each member is of one family with its two nearest, and these with theirs, and so
+    on. By the one nearest a family falls into pairs, and siblings stay in the bank when one is left
+    out; by two, families may be joined instead, and then too much is left out, not too little.
     """
     if bank.families:
         return {name: bank.families.get(name, name) for name in bank.names}
@@ -94,8 +99,9 @@ def families(bank: Bank) -> dict[str, str]:
             i = parent[i]
         return i
 
-    for i, nearest in enumerate(total.argmin(axis=1)):
-        parent[root(i)] = root(int(nearest))
+    for i, row in enumerate(total):
+        for near in np.argsort(row, kind="stable")[: min(_NEAREST, len(bank) - 1)]:
+            parent[root(i)] = root(int(near))
     return {name: bank.names[root(i)] for i, name in enumerate(bank.names)}
 
 
@@ -150,6 +156,10 @@ def study(
         raise InvalidBank(f"`{bank.folder}`: no member has a test set `{test}`")
     kin = families(bank) if protocol == "lofo" else {name: name for name in bank.names}
     found = Study()
+    if protocol == "lofo":
+        found.families = [[name for name in kin if kin[name] == one] for one in set(kin.values())]
+        found.families.sort()
+        found.notes.append(_of_families(bank, found.families))
     random = np.random.default_rng(seed)
     for number, (task, path) in enumerate(tests.items()):
         left_out = np.array([kin[name] == kin[task] for name in bank.names])
@@ -175,6 +185,15 @@ def study(
     if not found.tasks:
         raise InvalidBank("\n".join(found.notes))
     return found
+
+
+def _of_families(bank: Bank, together: list[list[str]]) -> str:
+    """What is left out together, and whose choice that is."""
+    whose = "`bank.toml`"
+    if not bank.families:
+        whose = "the datasets that are nearest (name them in `bank.toml`, under `[families]`)"
+    members = "; ".join(", ".join(f"`{name}`" for name in one) for one in together)
+    return f"families, by {whose}: {members}"
 
 
 def _test_set(bank: Bank, folder: Path, name: str, test: str) -> Path:

@@ -137,6 +137,7 @@ def _described(found: Study) -> dict[str, Any]:
 
     return {
         "tasks": found.tasks,
+        "families": found.families,
         "notes": found.notes,
         "adapters": {
             name: {
