@@ -47,7 +47,8 @@ def found(original):
 
 def test_the_table_has_the_default_first_and_then_the_best(found):
     first, *others = found.tried
-    assert (first["metric"], first["pipeline"], first["normalize"]) == ("js", "normalized", "unit")
+    default = ("mmd", "normalized", "unit")  # of datasets that have no answers
+    assert (first["metric"], first["pipeline"], first["normalize"]) == default
     assert first["against"] == [0.0, 0.0]
     cosines = [row["cosine"] for row in others]
     assert cosines == sorted(cosines, reverse=True)
@@ -64,12 +65,12 @@ def test_the_table_has_the_default_first_and_then_the_best(found):
 
 def test_the_shortlist_is_the_default_at_three_scales_and_the_best_of_each_way(found):
     listed = shortlist(found, 8)
-    default = Settings(metric="js")
+    default = Settings(metric="mmd")
     assert listed[0] == (default, "unit")
     assert [settings.scale for settings, _ in listed[1:3]] == list(SCALES)
     ways = [(settings.metric, settings.pipeline) for settings, _ in listed[3:]]
     assert len(set(ways)) == len(ways) == 5
-    assert ("js", "normalized") not in ways
+    assert ("mmd", "normalized") not in ways
     assert shortlist(found, 2) == listed[:2]
 
 
@@ -169,12 +170,18 @@ def test_a_calibrated_bank_is_still_a_bank(lorameta, folder, tmp_path):
     assert (status, len(Bank(tmp_path / "packed").names)) == (0, len(NAMES)), err
 
 
-def test_calibrate_as_json(lorameta, folder):
+def test_calibrate_as_json(lorameta, folder, tmp_path):
+    new = tmp_path / "new.txt"
     status, out, err = lorameta("calibrate", folder, "--metric", "js", "--width", 4, "--json")
     assert status == 0, err
     found = json.loads(out)
     assert found == json.loads((folder / "calibration.json").read_text())
-    assert {row["metric"] for row in found["tried"]} == {"js"}
+    assert {row["metric"] for row in found["tried"]} == {"mmd", "js"}
+    assert found["tried"][0]["metric"] == "mmd"  # the default competes, whatever else is tried
+    learned = [row["metric"] for row in found["tried"] if row["pipeline"] == "neural"]
+    assert sorted(learned) == ["js", "mmd"]
+    status, _, err = lorameta("rank", folder, new, "--metric", "js", "--pipeline", "neural")
+    assert status == 0, err
 
 
 def test_answers_of_a_base(lorameta, golden, tmp_path):

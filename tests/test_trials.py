@@ -146,7 +146,7 @@ def test_the_first_stays_unless_another_is_better_beyond_doubt():
 
 def test_metrics_that_say_nothing_are_left_out(bank):
     assert bank.fingerprints.relations is None
-    assert applicable(METRICS, bank.fingerprints) == ["mmd", "js", "cosine"]
+    assert applicable(METRICS, bank.fingerprints) == ["mmd", "js", "cosine", "js:bigrams"]
     assert applicable(["relations"], bank.fingerprints) == []
 
 

@@ -108,7 +108,7 @@ class Calibration:
 
 def calibrated(
     bank: Bank,
-    metrics: Sequence[str] = METRICS,
+    metrics: Sequence[str] = (),
     width: int = WIDTH,
     *,
     options: Options | None = None,
@@ -118,7 +118,8 @@ def calibrated(
 
     Args:
         bank: Its members have fingerprints, and hashes in its index.
-        metrics: To be tried, as far as they say something of the bank's datasets.
+        metrics: To be tried beside the default, as far as they say something of the bank's
+            datasets, each with what is learned; without them several.
         width: Of the networks.
         options: `threads`, `memory`, `io` and `allow_nan` count.
         progress: Told bytes read and bytes in all.
@@ -130,13 +131,15 @@ def calibrated(
         InvalidBank: There are fewer than four members, or no metric says anything.
         LoraMetaError: As `gram.gram_of_modules`.
     """
-    metrics = applicable(metrics, bank.fingerprints)
-    if not metrics:
+    asked = applicable(metrics or METRICS, bank.fingerprints)
+    if not asked:
         raise InvalidBank(f"`{bank.folder}`: no metric says anything of its datasets")
+    default = applicable([Settings().metric], bank.fingerprints)
+    tested = [*dict.fromkeys([*default, *asked])]
     modules = [*gram_of_modules(bank, options=options, progress=progress).values()]
-    singles = dict.fromkeys(part for one in metrics for part in one.split(distance.SEPARATOR))
+    singles = dict.fromkeys(part for one in tested for part in one.split(distance.SEPARATOR))
     distances = {name: distance.pairwise(name, bank.fingerprints) for name in singles}
-    tried, networks = trials(modules, distances, metrics, width)
+    tried, networks = trials(modules, distances, tested, width, asked if metrics else ())
     learned = Learned(stamps(bank), unit_gram(modules), distances, networks).beside_earlier(bank)
     offered = [
         one for one in tried if not one.of_modules and one.settings.pipeline not in _NOT_BY_DELTA

@@ -26,7 +26,7 @@ _SHOWN = 12
     "metrics",
     type=options.Metrics(),
     multiple=True,
-    help="Try this, and what else is given; else several.",
+    help="Try this, and what else is given, beside the default; else several.",
 )
 @click.option(
     "--width",
@@ -78,7 +78,6 @@ def calibrate(
     from lorameta_rs.distance import SEPARATOR
     from lorameta_rs.index import hash_adapters, nearest_distances
     from lorameta_rs.merge import Options
-    from lorameta_rs.trials import METRICS
 
     opened = options.bank_from(bank, arguments)
     fingerprinted(opened)
@@ -87,7 +86,7 @@ def calibrate(
     with console.progress("multiplying adapters") as update:
         found, learned = calibrated(
             opened,
-            metrics or METRICS,
+            metrics,
             arguments["width"],
             options=Options(threads=arguments["threads"]),
             progress=update,
