@@ -161,6 +161,35 @@ def test_rank_and_merge_use_it(lorameta, folder, tmp_path):
     assert (status, "calibration.json` is out of date: `newer` is new" in err) == (0, True)
 
 
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        ({"metric": "relations"}, "metric `relations`: a dataset has no answers"),
+        ({"metric": "cosine", "pipeline": "neural"}, "has no network for the metric `cosine`"),
+    ],
+    ids=["metric", "pipeline"],
+)
+def test_where_it_does_not_apply_the_defaults_are_used(lorameta, folder, tmp_path, choice, words):
+    new, out = tmp_path / "new.txt", tmp_path / "out"
+    assert lorameta("calibrate", folder, "--metric", "js", "--width", 4)[0] == 0
+    kept = json.loads(path_of(Bank(folder)).read_text())
+    kept["choice"] |= {"temperature": 1.0, "normalize": "none"} | choice
+    path_of(Bank(folder)).write_text(json.dumps(kept))
+    status, said, err = lorameta("rank", folder, new)
+    assert (status, err.count("warning: ")) == (0, 1), err
+    assert "warning: the calibration does not apply, and the defaults are used: " in err
+    assert words in err
+    assert coefficients(said) == coefficients(lorameta("rank", folder, new, "--no-calibration")[1])
+    status, _, err = lorameta("merge", folder, new, "-o", out)
+    assert (status, "warning: the calibration does not apply" in err) == (0, True), err
+    record = json.loads((out / "lorameta.json").read_text())["settings"]
+    assert (record["metric"], record["normalize"]) == ("mmd", "unit")
+    status, _, err = lorameta(
+        "rank", folder, new, "--metric", choice["metric"], "--pipeline", "neural"
+    )
+    assert (status, words in err) == (1, True)  # what is given by hand is used or refused
+
+
 def test_a_calibrated_bank_is_still_a_bank(lorameta, folder, tmp_path):
     assert lorameta("calibrate", folder, "--metric", "js", "--width", 4)[0] == 0
     assert (folder / "learned.safetensors").exists()

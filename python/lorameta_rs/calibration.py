@@ -18,11 +18,11 @@ import numpy as np
 
 from lorameta_rs import distance, files
 from lorameta_rs.closed_forms import unit_gram
-from lorameta_rs.errors import InvalidBank
+from lorameta_rs.errors import InvalidBank, LoraMetaError
 from lorameta_rs.gram import gram_of_modules
 from lorameta_rs.learned import Learned, check, hint, stamps
 from lorameta_rs.merge import NORMALIZATIONS
-from lorameta_rs.ranking import Settings
+from lorameta_rs.ranking import Settings, rank
 from lorameta_rs.trials import METRICS, WIDTH, applicable, chosen, standard_error, trials
 
 if TYPE_CHECKING:
@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
     from lorameta_rs._metrics import Floats
     from lorameta_rs.bank import Bank
+    from lorameta_rs.fingerprint import Fingerprint
     from lorameta_rs.merge import Options
+    from lorameta_rs.ranking import Ranking
 
 FILE_NAME = "calibration.json"
 FORMAT = 1
@@ -195,6 +197,23 @@ def by_answers(
     return replace(
         calibration, settings=settings, normalize=normalize, measure=MEASURES[1], tried=rows
     )
+
+
+def ranked(bank: Bank, target: Fingerprint, how: Settings | Calibration) -> Ranking:
+    """`rank` by settings, or as the bank was calibrated; errors as there.
+
+    A calibration may not apply to a dataset: one without answers, where answers are compared. Then
+    the defaults are used, and a note of the bank says so.
+    """
+    if isinstance(how, Settings):
+        return rank(bank, target, how)
+    try:
+        return replace(rank(bank, target, how.settings), calibrated=True)
+    except LoraMetaError as error:
+        found = rank(bank, target)
+        reason = str(error).partition("\n")[0]
+        bank.note(f"the calibration does not apply, and the defaults are used: {reason}")
+        return found
 
 
 def path_of(bank: Bank) -> Path:

@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorameta_rs.bank import Bank
+from lorameta_rs.calibration import ranked
 from lorameta_rs.fingerprint import token_distribution
 from lorameta_rs.index import leave_out_not_finite, make_fingerprints
 from lorameta_rs.merge import Job, Options, merge
-from lorameta_rs.ranking import Ranking, Settings, rank
+from lorameta_rs.ranking import Ranking, Settings
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Sequence
 
+    from lorameta_rs.calibration import Calibration
     from lorameta_rs.vectors import Vectors
 
 
@@ -22,7 +24,7 @@ def jobs_for(
     bank: Bank,
     datasets: Sequence[Path],
     outs: Sequence[Path],
-    settings: Settings,
+    settings: Settings | Calibration,
     columns: Sequence[str] | None = None,
     progress: Callable[[int], object] | None = None,
     vectors: Vectors | None = None,
@@ -39,9 +41,17 @@ def jobs_for(
         )
         if vectors is not None:
             target = vectors.of(dataset, target)
-        ranking = rank(bank, target, settings)
+        ranking = ranked(bank, target, settings)
         jobs.append(Job(ranking.coefficients, out, ranking, dataset, target))
     return jobs
+
+
+def norms_of(jobs: Sequence[Job], settings: Settings | Calibration) -> str | None:
+    """What a calibration that is used does with norms; None where a merge's own choice is that."""
+    if isinstance(settings, Settings) or settings.normalize == "unit":
+        return None
+    used = any(job.ranking is not None and job.ranking.calibrated for job in jobs)
+    return settings.normalize if used else None
 
 
 def generate(

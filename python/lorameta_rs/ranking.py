@@ -64,6 +64,8 @@ class Ranking:
     """With the metrics that had something to say."""
     note: str | None = None
     """Which metric had nothing to say, and of what; None if all had."""
+    calibrated: bool = False
+    """Whether the settings are those that the bank was calibrated to."""
 
     def nearest_first(self) -> list[int]:
         """The members' places in `names`, by distance; of equal ones the first comes first."""

@@ -203,7 +203,7 @@ def merge(
             if arguments["refine"] is not None:
                 check_method(run)
             opened, jobs, norms = _compared(context, bank, datasets, outs, arguments, not dry_run)
-            if norms == "none" and run.normalize is None:  # `unit` is what a merge does anyway
+            if run.normalize is None:
                 run = replace(run, normalize=norms)
             if arguments["refine"] is not None and not dry_run:
                 jobs, run = _refined(opened, jobs, run, arguments)
@@ -254,8 +254,8 @@ def _compared(
     arguments: dict[str, Any],
     keep: bool,
 ) -> tuple[Bank, list[Job], str | None]:
-    """A job for each dataset, and what the bank's calibration does with norms."""
-    from lorameta_rs.flow import jobs_for
+    """A job for each dataset, and what is done with norms, if the bank's calibration says so."""
+    from lorameta_rs.flow import jobs_for, norms_of
     from lorameta_rs.merge import OWNED, written_to
     from lorameta_rs.staging import check
 
@@ -269,13 +269,14 @@ def _compared(
     places = [place for folder in folders for place in written_to(folder, formats).values()]
     check(places, OWNED, arguments["force"])
     opened = options.bank_from(bank, arguments)
-    fingerprinted(opened, keep, arguments["allow_nan"])
-    settings, norms = calibrated(context, opened, arguments)
+    _, said = fingerprinted(opened, keep, arguments["allow_nan"])
+    settings = calibrated(context, opened, arguments)
     given = vectors(opened, arguments["vectors"])
     with console.rows("counting the new tokens") as update:
         jobs = jobs_for(opened, datasets, folders, settings, arguments["columns"], update, given)
+    console.report(opened, said)
     opened.forget_fingerprints()
-    return opened, jobs, norms
+    return opened, jobs, norms_of(jobs, settings)
 
 
 def _refined(

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lorameta_rs.bank import Bank
+    from lorameta_rs.calibration import Calibration
     from lorameta_rs.ranking import Ranking, Settings
     from lorameta_rs.vectors import Vectors
 
@@ -37,13 +38,13 @@ def rank(
 
     Each comes with the coefficient that `merge` would give it.
     """
+    from lorameta_rs.calibration import ranked
     from lorameta_rs.fingerprint import token_distribution
-    from lorameta_rs.ranking import rank
 
     arguments = options.as_paper(context, arguments)
     opened = options.bank_from(bank, arguments)
-    fingerprinted(opened)
-    settings, _ = calibrated(context, opened, arguments)
+    _, said = fingerprinted(opened)
+    settings = calibrated(context, opened, arguments)
     given = vectors(opened, arguments["vectors"])
     with console.rows("counting the new tokens") as update:
         target = token_distribution(
@@ -54,7 +55,8 @@ def rank(
         )
     if given is not None:
         target = given.of(dataset, target)
-    found = rank(opened, target, settings)
+    found = ranked(opened, target, settings)
+    console.report(opened, said)
     if as_json:
         console.data(described(found))
         return
@@ -64,8 +66,8 @@ def rank(
 
 def calibrated(
     context: click.Context, bank: Bank, arguments: dict[str, Any]
-) -> tuple[Settings, str | None]:
-    """The settings, and what is done with norms: as the bank was calibrated, or as given by hand.
+) -> Settings | Calibration:
+    """How datasets are compared: as the bank was calibrated, or as given by hand.
 
     The paper's are given by hand, too. A calibration that is out of date is said to be.
     """
@@ -78,16 +80,16 @@ def calibrated(
         for name in options.SETTINGS
     )
     if by_hand or not arguments["calibration"]:
-        return given, None
+        return given
     try:
         found = Calibration.of(bank)
     except InvalidBank as error:
         console.warn(str(error))
-        return given, None
+        return given
     if found is None:
-        return given, None
+        return given
     console.say(f"calibrated by {found.measure}: {found}")
-    return found.settings, found.normalize
+    return found
 
 
 def vectors(bank: Bank, paths: Sequence[Path]) -> Vectors | None:
