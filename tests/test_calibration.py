@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from test_ranking import text
 from test_trials import NAMES
 from words import rows_of, write_bank
 
-from lorameta_rs import Bank
+from lorameta_rs import Bank, generate
 from lorameta_rs.calibration import (
     SCALES,
     Calibration,
@@ -22,6 +23,8 @@ from lorameta_rs.calibration import (
 )
 from lorameta_rs.errors import InvalidBank
 from lorameta_rs.index import hash_adapters, make_fingerprints
+from lorameta_rs.learned import stamps
+from lorameta_rs.merge import Options
 from lorameta_rs.ranking import Settings
 
 
@@ -159,6 +162,23 @@ def test_rank_and_merge_use_it(lorameta, folder, tmp_path):
     shutil.copytree(folder / "a", folder / "newer")
     status, said, err = lorameta("rank", folder, new)
     assert (status, "calibration.json` is out of date: `newer` is new" in err) == (0, True)
+
+
+def test_generate_uses_it_as_merge_does(folder, found, tmp_path):
+    bank, new = Bank(folder), tmp_path / "new.txt"
+    settings = Settings(metric="js", temperature=0.5)
+    replace(found, settings=settings, normalize="none", stamps=stamps(bank)).save(bank)
+    ranking = generate(folder, new, tmp_path / "out")
+    assert (ranking.settings, ranking.calibrated) == (settings, True)
+    record = json.loads((tmp_path / "out" / "lorameta.json").read_text())["settings"]
+    assert (record["temperature"], record["normalize"]) == (0.5, "none")
+    generate(folder, new, tmp_path / "unit", options=Options(normalize="unit"))
+    record = json.loads((tmp_path / "unit" / "lorameta.json").read_text())["settings"]
+    assert (record["temperature"], record["normalize"]) == (0.5, "unit")
+    assert not generate(folder, new, tmp_path / "given", settings=Settings()).calibrated
+    shutil.copytree(folder / "a", folder / "newer")
+    assert not generate(later := Bank(folder), new, tmp_path / "later").calibrated
+    assert any("is out of date: `newer` is new" in note for note in later.notes)
 
 
 @pytest.mark.parametrize(

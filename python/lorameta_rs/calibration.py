@@ -199,6 +199,19 @@ def by_answers(
     )
 
 
+def kept(bank: Bank) -> Calibration | None:
+    """The bank's calibration; None if there is none, or it is out of date, as a note says then.
+
+    Raises:
+        UnreadableFile: It cannot be read.
+    """
+    try:
+        return Calibration.of(bank)
+    except InvalidBank as error:
+        bank.note(str(error))
+        return None
+
+
 def ranked(bank: Bank, target: Fingerprint, how: Settings | Calibration) -> Ranking:
     """`rank` by settings, or as the bank was calibrated; errors as there.
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorameta_rs.bank import Bank
-from lorameta_rs.calibration import ranked
+from lorameta_rs.calibration import kept, ranked
 from lorameta_rs.fingerprint import token_distribution
 from lorameta_rs.index import leave_out_not_finite, make_fingerprints
 from lorameta_rs.merge import Job, Options, merge
@@ -81,7 +82,8 @@ def generate(
         bank: The bank, or its folder. Fingerprints that it lacks are made first.
         dataset: The new dataset; `dataset.examples` says which formats it may have.
         out: The folder to be made, a PEFT adapter.
-        settings: The metric, and how its distances become coefficients.
+        settings: The metric, and how its distances become coefficients; without them, as the bank
+            was calibrated, if it was, as `merge` of the command line does.
         options: How the merge is run.
         columns: The fields of the new dataset to use.
         progress: Told bytes read and bytes in all during the merge.
@@ -96,7 +98,11 @@ def generate(
     if options is None or not options.allow_nan:
         leave_out_not_finite(bank)
     make_fingerprints(bank)
-    (job,) = jobs_for(bank, [Path(dataset)], [Path(out)], settings or Settings(), columns)
+    how = settings or kept(bank) or Settings()
+    (job,) = jobs_for(bank, [Path(dataset)], [Path(out)], how, columns)
+    options = options or Options()
+    if options.normalize is None:
+        options = replace(options, normalize=norms_of([job], how))
     merge(bank, [job], options, progress)
     assert job.ranking is not None
     return job.ranking

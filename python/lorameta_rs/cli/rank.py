@@ -69,10 +69,9 @@ def calibrated(
 ) -> Settings | Calibration:
     """How datasets are compared: as the bank was calibrated, or as given by hand.
 
-    The paper's are given by hand, too. A calibration that is out of date is said to be.
+    The paper's are given by hand, too. Of a calibration that is out of date the bank has a note.
     """
-    from lorameta_rs.calibration import Calibration
-    from lorameta_rs.errors import InvalidBank
+    from lorameta_rs.calibration import kept
 
     given = options.settings_from(arguments)
     by_hand = context.params["paper"] or any(
@@ -81,11 +80,7 @@ def calibrated(
     )
     if by_hand or not arguments["calibration"]:
         return given
-    try:
-        found = Calibration.of(bank)
-    except InvalidBank as error:
-        console.warn(str(error))
-        return given
+    found = kept(bank)
     if found is None:
         return given
     console.say(f"calibrated by {found.measure}: {found}")
