@@ -11,10 +11,11 @@ from words import rows_of, write_bank
 
 from lorameta_rs import Bank
 from lorameta_rs.distance import pairwise
+from lorameta_rs.errors import UnreadableFile
 from lorameta_rs.evaluate import Evaluation
 from lorameta_rs.index import make_fingerprints
 from lorameta_rs.scores import MEASURES
-from lorameta_rs.study import CONTROLS, Study, families
+from lorameta_rs.study import CONTROLS, PICTURES, Study, drawn, families
 
 pytest.importorskip("xllamacpp", reason="llama.cpp has no wheel for this platform")
 pytest.importorskip("rouge_score", reason="rouge-score is not installed")
@@ -84,6 +85,23 @@ def test_families_of_the_file(bank):
     make_fingerprints(Bank(bank))
     (bank / "bank.toml").write_text('[families]\na_r8 = "x"\ne_r16 = "x"\n')
     assert families(Bank(bank)) == {"a_r8": "x", "b_r8": "b_r8", "e_r16": "x"}
+
+
+def test_where_a_picture_goes_is_seen_before_the_work(lorameta, bank, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    command = ["study", bank, "--base", tmp_path / "none.gguf", "--plot"]
+    for name, words in (
+        ("study.xyz", "study.xyz`: expected a name that ends with .png, .jpg, .svg, .pdf"),
+        ("study", "study`: expected a name that ends with"),
+        ("none/study.png", "none`: there is no such folder for the picture"),
+    ):
+        status, out, err = lorameta(*command, tmp_path / name)
+        assert (status, out, words in err) == (1, "", True), err
+    (tmp_path / "taken.png").mkdir()
+    with pytest.raises(UnreadableFile, match=r"taken\.png"):
+        drawn(made(base=[0.1], generated=[0.2]), tmp_path / "taken.png")
+    for suffix in PICTURES:
+        drawn(made(base=[0.1], generated=[0.2]), tmp_path / f"study{suffix}")
 
 
 def test_each_member_is_answered_by_the_others(lorameta, bank, golden, tmp_path):

@@ -7,15 +7,22 @@ the same base on the same rows.
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lorameta_rs import distance
+from lorameta_rs import distance, files
 from lorameta_rs.coefficients import combined_rows
-from lorameta_rs.errors import InvalidBank, InvalidSetting, LayoutMismatch
+from lorameta_rs.errors import (
+    InvalidBank,
+    InvalidSetting,
+    LayoutMismatch,
+    MissingExtra,
+    MissingFile,
+)
 from lorameta_rs.evaluate import Rows, by_length, evaluate
 from lorameta_rs.merge import Job, Options, merge
 from lorameta_rs.ranking import Settings, rank
@@ -32,6 +39,7 @@ if TYPE_CHECKING:
 PROTOCOLS = ("loo", "lofo")
 CONTROLS = ("base", "random", "uniform", "nearest", "paper", "generated", "fine-tuned")
 """What is compared, the thing itself last but one: `generated` by the settings of the study."""
+PICTURES = (".png", ".jpg", ".svg", ".pdf")
 # With which a member is of one family, where nobody has named families.
 _NEAREST = 2
 
@@ -236,18 +244,32 @@ def _adapters(
     return {name: made[name] for name in CONTROLS if name in made}
 
 
-def drawn(found: Study, path: Path) -> None:
-    """A picture of a study: each control's mean with the standard error over tasks.
+def check_drawable(path: Path) -> None:
+    """See that a picture can be drawn there, before the work of a study.
 
     Raises:
         MissingExtra: matplotlib is not installed.
+        InvalidSetting: It is no picture's name.
+        MissingFile: Its folder is not there.
     """
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        from lorameta_rs.errors import MissingExtra
-
         raise MissingExtra("pictures need matplotlib: pip install 'lorameta-rs[plot]'") from error
+    if path.suffix.lower() not in PICTURES:
+        raise InvalidSetting(f"`{path}`: expected a name that ends with {', '.join(PICTURES)}")
+    if not path.parent.is_dir():
+        raise MissingFile(2, "there is no such folder for the picture", str(path.parent))
+
+
+def drawn(found: Study, path: Path) -> None:
+    """A picture of a study: each control's mean with the standard error over tasks.
+
+    Errors as `check_drawable` and `files.write_whole`.
+    """
+    check_drawable(path)
+    from matplotlib.figure import Figure
+
     names = [name for name in CONTROLS if name in found.scores]
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.subplots()
@@ -258,4 +280,6 @@ def drawn(found: Study, path: Path) -> None:
     axes.set_xlim(0, 1)
     axes.set_xlabel(f"Rouge-L, mean of {len(found.tasks)} tasks")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format=path.suffix.lower()[1:])
+    files.write_whole(path, picture.getvalue())

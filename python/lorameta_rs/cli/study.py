@@ -82,9 +82,11 @@ def study(
     the member itself.
     """
     from lorameta_rs.merge import Options
-    from lorameta_rs.study import drawn, study
+    from lorameta_rs.study import check_drawable, drawn, study
 
     arguments = options.as_paper(context, arguments)
+    if plot is not None:
+        check_drawable(plot)
     opened = options.bank_from(bank, arguments)
     fingerprinted(opened)
     with tempfile.TemporaryDirectory() as folder, console.progress("studying") as update:
@@ -106,14 +108,14 @@ def study(
         )
     for note in found.notes:
         console.say(note)
-    if plot is not None:
-        drawn(found, plot)
     if as_json:
         console.data(_described(found))
     else:
         console.table(HEADERS, _rows(found))
         for name in found.scores:
             console.say_lengths(name, found.by_length(name))
+    if plot is not None:
+        drawn(found, plot)
 
 
 def _rows(found: Study) -> list[tuple[str, ...]]:
