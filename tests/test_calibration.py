@@ -233,6 +233,15 @@ def test_calibrate_as_json(lorameta, folder, tmp_path):
     assert status == 0, err
 
 
+def test_a_member_that_holds_nan_is_left_out_at_once(lorameta, make_bank):
+    own = {name: {"text": text(i)} for i, name in enumerate(NAMES)}
+    written = make_bank(own, tokenizer=True)
+    written.edit("b", lambda tensors: next(iter(tensors.values())).fill(np.nan))
+    for _ in range(2):  # not indexed yet, and then
+        status, _, err = lorameta("calibrate", written.folder, "--metric", "js", "--width", 4)
+        assert (status, err.count("warning: `b` is left out")) == (0, 1), err
+
+
 def test_answers_of_a_base(lorameta, golden, tmp_path):
     """On a base of two layers, in the real llama.cpp: losses are those of what is merged."""
     pytest.importorskip("xllamacpp", reason="llama.cpp has no wheel for this platform")

@@ -76,13 +76,15 @@ def calibrate(
     """
     from lorameta_rs.calibration import calibrated
     from lorameta_rs.distance import SEPARATOR
-    from lorameta_rs.index import hash_adapters, nearest_distances
+    from lorameta_rs.index import hash_adapters, leave_out_not_finite, nearest_distances
     from lorameta_rs.merge import Options
 
     opened = options.bank_from(bank, arguments)
-    fingerprinted(opened)
+    _, said = fingerprinted(opened)
     with console.steps("hashing adapters", len(opened)) as step:
         hash_adapters(opened, progress=step)
+    leave_out_not_finite(opened)
+    console.report(opened, said)
     with console.progress("multiplying adapters") as update:
         found, learned = calibrated(
             opened,
