@@ -212,7 +212,8 @@ def doubts(base: Path, rows: Rows, said: Sequence[Sequence[str]], lengths: Seque
     Args:
         base: The model.
         rows: What it was asked.
-        said: What `answers` returns, and so are `lengths`.
+        said: The answers that `answers` returns.
+        lengths: Those of the prompts, as it does.
     """
     if rows.tokenizer is not None:
         return ""
