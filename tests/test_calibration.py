@@ -242,6 +242,12 @@ def test_a_member_that_holds_nan_is_left_out_at_once(lorameta, make_bank):
         assert (status, err.count("warning: `b` is left out")) == (0, 1), err
 
 
+@pytest.mark.parametrize("option", ["members", "rows", "candidates", "seed"])
+def test_options_of_the_base_need_one(lorameta, folder, option):
+    status, _, err = lorameta("calibrate", folder, f"--{option}", 5)
+    assert (status, f"--{option} has no effect without --base" in err) == (2, True)
+
+
 def test_answers_of_a_base(lorameta, golden, tmp_path):
     """On a base of two layers, in the real llama.cpp: losses are those of what is merged."""
     pytest.importorskip("xllamacpp", reason="llama.cpp has no wheel for this platform")

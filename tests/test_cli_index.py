@@ -106,6 +106,16 @@ def test_a_bad_member_is_left_out_loudly_and_keeps_its_hash(bank, lorameta):
     assert "b" in json.loads((bank / "index.json").read_text())["adapters"]
 
 
+def test_a_fingerprint_that_is_made_again_is_not_advised_to_be(bank, lorameta):
+    assert lorameta("index", bank)[0] == 0
+    for name in list(TEXTS)[:2]:
+        (bank / name / "fingerprint.safetensors").write_bytes(b"of an earlier format")
+    status, _, err = lorameta("index", bank)
+    assert (status, "makes it again" in err, "warning" in err) == (0, False, False), err
+    assert "2 fingerprints to be made again, of `" in err
+    assert "2 fingerprints made" in err
+
+
 def test_a_member_that_holds_nan_is_named_and_left_out_of_merges(make_bank, tmp_path, lorameta):
     members = {name: {"text": text} for name, text in TEXTS.items()}
     written = make_bank(members, tokenizer=True)

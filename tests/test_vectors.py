@@ -69,7 +69,10 @@ def test_rank_and_merge_take_them(lorameta, bank, path, given, tmp_path):
     status, _, err = lorameta("merge", *command[1:], "-o", tmp_path / "out")
     assert status == 0, err
     status, _, err = lorameta(*command[:-2])
-    assert (status, "a dataset has no vector; --vectors FILE gives them" in err) == (1, True)
+    advice = "a dataset has no vector; `rank` and `merge` take them by --vectors FILE"
+    assert (status, advice in err) == (1, True)
+    status, _, err = lorameta("index", bank.folder, "--metric", "vectors")
+    assert (status, advice in err) == (1, True)  # it has no such option itself
     status, _, err = lorameta(
         "merge", bank.folder, "--weights", "a=1", "--vectors", path, "-o", tmp_path / "x"
     )

@@ -28,6 +28,7 @@ class BankFingerprints:
         self._bank = bank
         self._folder = folder
         self._reasons: dict[str, str | None] = {}
+        self._broken: dict[str, str] = {}
 
     def path(self, name: str) -> Path:
         """Where a member's fingerprint lies, or will."""
@@ -46,13 +47,16 @@ class BankFingerprints:
         """The fingerprints that can be read, by name; what is wrong with others is noted."""
         paths = {name: path for name in self._bank.names if (path := self.file(name)) is not None}
         loaded, faults = load_all(paths)
-        self._bank.notes += [f"`{name}`: {error}" for name, error in faults.items()]
+        self._broken = {name: f"`{name}`: {error}" for name, error in faults.items()}
+        self._bank.notes += self._broken.values()
         return loaded
 
     def keep(self, name: str, fingerprint: Fingerprint) -> None:
         """Take one that was just made, instead of the one on disk."""
         self.loaded[name] = fingerprint
         self._reasons[name] = None
+        if (note := self._broken.pop(name, None)) in self._bank.notes:
+            self._bank.notes.remove(note)  # its advice, to make another, has been followed
 
     def stack(self, names: Sequence[str]) -> Fingerprints:
         """The matrix of these members' rows."""

@@ -159,7 +159,9 @@ METRICS: dict[str, Callable[[Fingerprints, Fingerprint], Floats]] = {
 
 SEPARATOR = ","
 OF_PART = ":"
-NO_VECTORS = "metric `vectors`: a dataset has no vector; --vectors FILE gives them"
+NO_VECTORS = (
+    "metric `vectors`: a dataset has no vector; `rank` and `merge` take them by --vectors FILE"
+)
 
 
 def applicable(

@@ -62,12 +62,21 @@ _SHOWN = 12
     show_default=True,
     help="Settings that are tried, for --base: the default, and the best by ΔW.",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, help="Of the members and rows.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, help="Of the members and rows, for --base."
+)
 @options.bank
 @options.threads
 @options.as_json
+@click.pass_context
 def calibrate(
-    bank: Path, metrics: tuple[str, ...], base: Path | None, as_json: bool, **arguments: Any
+    context: click.Context,
+    /,
+    bank: Path,
+    metrics: tuple[str, ...],
+    base: Path | None,
+    as_json: bool,
+    **arguments: Any,
 ) -> None:
     """Find the settings that suit BANK, and learn its pipelines.
 
@@ -79,6 +88,8 @@ def calibrate(
     from lorameta_rs.index import hash_adapters, leave_out_not_finite, nearest_distances
     from lorameta_rs.merge import Options
 
+    if base is None:
+        options.refuse(context, ("members", "rows", "candidates", "seed"), "--base", "without")
     opened = options.bank_from(bank, arguments)
     _, said = fingerprinted(opened)
     with console.steps("hashing adapters", len(opened)) as step:

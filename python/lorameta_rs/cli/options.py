@@ -214,11 +214,11 @@ def as_paper(context: click.Context, arguments: dict[str, Any]) -> dict[str, Any
     return arguments | settled
 
 
-def refuse(context: click.Context, names: Sequence[str], other: str, where: str = "beside") -> None:
-    """Options that would have no effect are no options."""
+def refuse(context: click.Context, names: Sequence[str], other: str, word: str = "beside") -> None:
+    """Options that would have no effect, `beside` or `without` another, are no options."""
     for name in names:
         if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
-            raise click.UsageError(f"--{name.replace('_', '-')} has no effect {where} {other}")
+            raise click.UsageError(f"--{name.replace('_', '-')} has no effect {word} {other}")
 
 
 def settings_from(arguments: dict[str, Any]) -> Settings:

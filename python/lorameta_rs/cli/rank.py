@@ -119,8 +119,14 @@ def fingerprinted(
 
 def _say_outdated(bank: Bank) -> None:
     """Say which fingerprints there were to be used, and why they are made again instead."""
-    reasons = bank.outdated()
-    again = [m.name for m in bank.members if m.name in reasons and bank.dataset(m) is not None]
+    reasons, outdated = bank.unfingerprinted(), bank.outdated()
+    again = [
+        member.name
+        for member in bank.members
+        if member.name in reasons
+        and (member.name in outdated or bank.fingerprint_path(member).exists())
+        and bank.dataset(member) is not None
+    ]
     if not again:
         return
     names = ", ".join(f"`{name}`" for name in again[:3])
