@@ -52,7 +52,7 @@ pub struct Kernel {
     pub(crate) sparse: Sparse,
 }
 
-type Vote = fn(numbers: &[f32], totals: &mut [f64], up: &mut [u32], down: &mut [u32]);
+type Vote = fn(numbers: &[f32], totals: &mut [f64], up: &mut [u16], down: &mut [u16]);
 
 /// See the loops of the same names in `sparse`.
 #[derive(Clone, Copy)]

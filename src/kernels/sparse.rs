@@ -58,13 +58,14 @@ pub(super) fn keep_random(numbers: &mut [f32], key: [u32; 2], start: u32, limit:
     }
 }
 
-/// Each number is added to its total, and counted by its sign; a zero counts for neither.
+/// Each number is added to its total, and counted by its sign; a zero counts for neither. Counts are
+/// narrow, because what limits this is how much goes to and fro; they stop at 65,535.
 #[inline(always)]
-pub(super) fn vote(numbers: &[f32], totals: &mut [f64], up: &mut [u32], down: &mut [u32]) {
+pub(super) fn vote(numbers: &[f32], totals: &mut [f64], up: &mut [u16], down: &mut [u16]) {
     for (((&x, total), up), down) in numbers.iter().zip(totals).zip(up).zip(down) {
         *total += f64::from(x);
-        *up += u32::from(x > 0.0);
-        *down += u32::from(x < 0.0);
+        *up = up.saturating_add(u16::from(x > 0.0));
+        *down = down.saturating_add(u16::from(x < 0.0));
     }
 }
 

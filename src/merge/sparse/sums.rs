@@ -101,14 +101,14 @@ pub(super) struct Sums {
     down: Vec<f32>,
     /// A row for each election: the sum over all members, and how many have which sign.
     totals: Vec<f64>,
-    ups: Vec<u32>,
-    downs: Vec<u32>,
+    ups: Vec<u16>,
+    downs: Vec<u16>,
 }
 
 impl Sums {
     /// What a column takes at most, in bytes.
     pub(super) fn need(targets: usize) -> usize {
-        24 * targets
+        20 * targets
     }
 
     /// Begin `columns` of them.
@@ -186,7 +186,7 @@ impl Sums {
             for (j, sum) in sums.iter_mut().enumerate() {
                 let positive = if by_number { ups[j] >= downs[j] } else { totals[j] >= 0.0 };
                 let (agreed, count) = if positive { (*sum, ups[j]) } else { (down[j], downs[j]) };
-                *sum = agreed / count.max(1) as f32;
+                *sum = agreed / f32::from(count.max(1));
             }
         }
         if way != Way::Whole && matches!(scheme.rule, Rule::DareLinear | Rule::DareTies) {
