@@ -29,7 +29,7 @@ pub type Widen = fn(dtype: Dtype, bytes: &[u8], numbers: &mut [f32]);
 /// the lanes by halves; and that sum is added in float64.
 pub(crate) type AddGram = fn(sums: &mut [f64], rows: &[f32], stride: usize, columns: Range<usize>);
 
-/// The lanes of [`AddGram`]: every so manieth column is in one of them.
+/// The lanes of [`AddGram`]: a column is in the lane that its place divided by 16 leaves.
 pub(crate) const LANES: usize = 16;
 
 /// The rows of a tile of [`AddGram`].
@@ -66,7 +66,7 @@ pub(crate) struct Sparse {
 }
 
 /// A kernel of the plain loops, compiled for the features that its attribute names: a closure has
-/// those of the function around it. `$add_products` is the one loop that is written out for each.
+/// those of the function around it. `$add_products` and `$add_gram` are written out for each.
 macro_rules! kernel {
     ($(#[$features:meta])? $name:ident: $add_products:path, $add_gram:path) => {
         $(#[$features])?
