@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from lorameta_rs import Bank
-from lorameta_rs.bank import lacking
 from lorameta_rs.errors import (
     InvalidBank,
     InvalidSetting,
@@ -24,6 +23,7 @@ from lorameta_rs.errors import (
     UnreadableFile,
 )
 from lorameta_rs.index import make_fingerprints
+from lorameta_rs.modules import lacking
 
 MALFORMED = Path(__file__).parent / "golden" / "malformed"
 

@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorameta_rs import Bank
-from lorameta_rs.bank import lacking
 from lorameta_rs.errors import (
     FileChanged,
     InvalidSetting,
@@ -25,6 +24,7 @@ from lorameta_rs.errors import (
     NotFinite,
 )
 from lorameta_rs.merge import FILES, Job, Options, merge, plan
+from lorameta_rs.modules import lacking
 
 ODD = {
     "model.layers.0.q_proj": (517, 301),

@@ -25,6 +25,7 @@ from lorameta_rs.errors import (
 )
 from lorameta_rs.formats.base import heads_in
 from lorameta_rs.member import GGUF, MLX_WEIGHTS, PICKLE, WEIGHTS, Member, open_members
+from lorameta_rs.modules import other_shape, usual_shapes
 from lorameta_rs.provenance import FILE_NAME as PROVENANCE
 from lorameta_rs.tokenizer import Tokenizer
 
@@ -331,9 +332,9 @@ class Bank:
         """Leave out members of another base model, or of other matrices than the others change."""
         kept = []
         foreign = {member.name: self._other_base(member) for member in self.members}
-        shapes = _usual_shapes([one for one in self.members if foreign[one.name] is None])
+        shapes = usual_shapes([one for one in self.members if foreign[one.name] is None])
         for member in self.members:
-            fault = foreign[member.name] or _other_shape(member, shapes)
+            fault = foreign[member.name] or other_shape(member, shapes)
             if fault is None:
                 kept.append(member)
             else:
@@ -377,24 +378,6 @@ class Bank:
                 self.notes.append(f"the names {listed} differ in case only")
 
 
-def lacking(members: Sequence[Member]) -> str | None:
-    """What to tell of members without modules that others of them have; None if all have all."""
-    names = {member.name: {module.name for module in member.modules} for member in members}
-    every = set().union(*names.values())
-    without = {name: sorted(every - own) for name, own in names.items() if own != every}
-    if not without:
-        return None
-    first, *others = without
-    if not others:
-        modules = without[first]
-        more = f" and {len(modules) - 1} other modules" if len(modules) > 1 else ""
-        return f"`{first}`: has no `{modules[0]}`{more}, which others have; it counts as zero there"
-    listed = ", ".join(f"`{name}`" for name in list(without)[:3])
-    count = len(without) - 3
-    more = f" and {count} other member{'s' if count > 1 else ''}" if count > 0 else ""
-    return f"{listed}{more} lack modules that others have, and count as zero there"
-
-
 def member_folders(bank: Path) -> list[Path]:
     """The folders of a bank that hold, or seem to be meant to hold, an adapter."""
     with files.refusals(bank):
@@ -433,39 +416,6 @@ def _grouped(keys: Mapping[str, str]) -> dict[str, list[str]]:
     for name, key in keys.items():
         groups.setdefault(key, []).append(name)
     return groups
-
-
-def _outer_shapes(member: Member) -> dict[str, tuple[int, ...]]:
-    """Of each module, the shape of the matrix that it changes: all of A and B but the rank."""
-    return {
-        module.name: (module.b_shape[0], *module.a_shape[1:], *module.b_shape[2:])
-        for module in member.modules
-    }
-
-
-def _usual_shapes(members: Sequence[Member]) -> dict[str, tuple[int, ...]]:
-    """Of each module, the shape that most members have; of several the first."""
-    counted: dict[str, Counter[tuple[int, ...]]] = {}
-    # Members with one layout have the same shapes: they are counted together.
-    layouts = Counter(member.adapter.layout for member in members)
-    seen = set()
-    for member in members:
-        layout = member.adapter.layout
-        if layout not in seen:
-            seen.add(layout)
-            for name, shape in _outer_shapes(member).items():
-                counted.setdefault(name, Counter())[shape] += layouts[layout]
-    return {name: counter.most_common(1)[0][0] for name, counter in counted.items()}
-
-
-def _other_shape(member: Member, usual: Mapping[str, tuple[int, ...]]) -> LayoutMismatch | None:
-    for name, shape in _outer_shapes(member).items():
-        if shape != usual[name]:
-            return LayoutMismatch(
-                f"`{member.adapter.path}`: `{name}` changes a matrix of shape {shape}, in the "
-                f"rest of the bank it is {usual[name]}: an adapter of another base model?"
-            )
-    return None
 
 
 def _last_part(name: str) -> str:

@@ -33,9 +33,9 @@ def index(bank: Path, metrics: tuple[str, ...], as_json: bool, **arguments: Any)
     Does only what is missing or out of date. `merge` and `rank` count tokens too, where they have
     to, but what `index` keeps tells them more: which files they use, and how near is near.
     """
-    from lorameta_rs.bank import lacking
     from lorameta_rs.distance import applicable
     from lorameta_rs.index import hash_adapters, leave_out_not_finite, nearest_distances
+    from lorameta_rs.modules import lacking
 
     opened = options.bank_from(bank, arguments, arguments["columns"])
     made, said = fingerprinted(opened)

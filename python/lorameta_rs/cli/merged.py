@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorameta_rs.bank import lacking
 from lorameta_rs.cli import console
 from lorameta_rs.cli.rank import HEADERS, described, rows, say_relevance
 from lorameta_rs.member import Member, open_members
 from lorameta_rs.merge import written_to
+from lorameta_rs.modules import lacking
 from lorameta_rs.runtimes import commands, gguf_conversion
 from lorameta_rs.servers import breaches, refusing
 
