@@ -38,12 +38,11 @@ impl Sketch {
 
     /// What `lows` takes at most, in bytes.
     pub(super) fn need(&self, joint: &Joint, targets: usize) -> usize {
-        let width = self.width(joint);
+        let width = self.width(joint) + PROBES;
         let sides = joint.columns() + joint.outer;
         let most = joint.holders.iter().map(|share| share.rank).max().unwrap_or(0);
         // Sums and random numbers in float32; what is made orthonormal, in float64, with its QR.
-        let held = (width + PROBES) * 4 * (targets + 1) * sides
-            + (width + PROBES) * 24 * joint.columns().max(joint.outer);
+        let held = width * (4 * (targets + 1) * sides + 24 * joint.columns().max(joint.outer));
         held + most * sides * 8 + 4 * targets * self.rank * sides
     }
 
