@@ -32,7 +32,13 @@ mod _core {
         Outcome, PyAdapter, PyLayout, PyModule, PyPlan, combine, convert, cosines, dora_norms,
         file_tensors, first_match, gguf_metadata, gguf_permutes, gguf_tensor_name, gram, norms,
         open_adapters, peft_module_name, plan, scan, soup_errors,
+        version,
     };
+}
+
+#[pyfunction]
+fn version() -> &'static str {
+    env!("CARGO_PKG_VERSION")
 }
 
 #[pyfunction]

@@ -93,6 +93,7 @@ class Outcome:
     @property
     def kept(self) -> list[tuple[str, float, float, bool]]: ...
 
+def version() -> str: ...
 def open_adapters(
     paths: Sequence[str | PathLike[str]],
     drop_unsupported: bool = False,

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields, replace
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorameta_rs import distance, files
+from lorameta_rs import _core, distance, files
 from lorameta_rs.closed_forms import unit_gram
 from lorameta_rs.errors import InvalidBank, LoraMetaError
 from lorameta_rs.gram import gram_of_modules
@@ -85,7 +84,7 @@ class Calibration:
         """What the file holds."""
         return {
             "format": FORMAT,
-            "version": version("lorameta-rs"),
+            "version": _core.version(),
             "measure": self.measure,
             "choice": asdict(self.settings) | {"normalize": self.normalize},
             "tried": self.tried,

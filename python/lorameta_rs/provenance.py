@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorameta_rs import files
+from lorameta_rs import _core, files
 from lorameta_rs.errors import InvalidSetting
 from lorameta_rs.relevance import effective_number
 
@@ -223,7 +222,7 @@ def _again(
     folders = {member.name: str(member.folder.absolute()) for member in bank.members}
     return replace(
         record,
-        version=version("lorameta-rs"),
+        version=_core.version(),
         settings=record.settings | settings,
         members=[
             {
@@ -291,7 +290,7 @@ def provenance(
             }
         )
     return Provenance(
-        version=version("lorameta-rs"),
+        version=_core.version(),
         settings=settings,
         target=target,
         method=options.method,

@@ -174,7 +174,6 @@ def merge(
 
     from lorameta_rs.cli.merged import as_data, memory_of, say_done, say_jobs, say_lacking
     from lorameta_rs.merge import merge, plan
-    from lorameta_rs.refine import check_method
 
     if sum((bool(datasets), bool(weights), repeat is not None)) != 1:
         raise click.UsageError("give one of: a DATASET, --weights, --repeat")
@@ -201,6 +200,8 @@ def merge(
             opened, jobs = _weighted(bank, weights, _one(outs), arguments)
         else:
             if arguments["refine"] is not None:
+                from lorameta_rs.refine import check_method
+
                 check_method(run)
             opened, jobs, norms = _compared(context, bank, datasets, outs, arguments, not dry_run)
             if run.normalize is None:
