@@ -296,10 +296,10 @@ def test_a_dry_run_writes_nothing_at_all(bank, dataset, out, lorameta):
     assert json.loads(text)["plan"]["norm_bytes"] == 0
 
 
-def test_what_a_dense_sum_takes_is_said_before_it_begins(written, dataset, out, lorameta):
+def test_what_a_dense_sum_takes_is_said_before_it_begins(written, out, lorameta):
     dense = ["--method", "ties_svd", "--density", "0.5"]
-    command = ["merge", written.folder, dataset, "-o", out]
-    written.edit("hamlet", lambda tensors: next(iter(tensors.values())).fill(np.nan))
+    command = ["merge", written.folder, "--weights", "hamlet=1", "-o", out]
+    spoil(written, "hamlet")
     status, _, err = lorameta(*command, *dense)
     assert (status, re.search(r"ties_svd takes [\d.]+ [kM]B of buffers", err) is not None) == (
         1,
@@ -355,14 +355,153 @@ def test_an_output_is_replaced_only_by_force_and_only_if_it_is_ours(bank, datase
     assert (out / "mine.txt").exists()
 
 
-def test_nan_is_named_and_refused_unless_asked_for(written, dataset, out, lorameta):
-    written.edit("hamlet", lambda tensors: next(iter(tensors.values())).fill(np.nan))
-    merge = ["merge", written.folder, dataset, "-o", out]
-    status, _, err = lorameta(*merge)
-    assert (status, out.exists()) == (1, False)
+def spoil(written, *names, number=np.nan):
+    """Put a number that is none into members' first tensors."""
+    for name in names:
+        written.edit(name, lambda tensors: next(iter(tensors.values())).fill(number))
+
+
+def left_out(err):
+    """The members that are said to be left out, as often as that is said."""
+    return re.findall(r"^warning: `(\w+)` is left out", err, re.MULTILINE)
+
+
+@pytest.mark.parametrize("number", [np.nan, -np.inf])
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--method", "soup"),
+        ("--method", "svd", "--normalize", "none"),
+        ("--method", "cat"),
+        ("--method", "ties_svd", "--density", "0.5"),
+        ("--normalize", "none"),
+        ("--format", "peft", "--format", "mlx"),
+        ("--io", "mmap", "--dtype", "float16"),
+    ],
+    ids=" ".join,
+)
+def test_one_bad_member_is_left_out_of_a_bank_that_was_never_indexed(
+    written, dataset, out, lorameta, options, number
+):
+    spoil(written, "hamlet", number=number)
+    merge = ["merge", written.folder, dataset, *options, "-o"]
+    status, table, err = lorameta(*merge, out)
+    assert status == 0, err
+    assert [line.split("\t")[0] for line in table.splitlines()] == ["member", "macbeth", "richard"]
+    # As if it had not been there, and in the words of `index`.
+    status, _, _ = lorameta(*merge, out.with_name("without"), "--exclude", "hamlet")
+    assert status == 0
+    got, want = listed(out), listed(out.with_name("without"))
+    assert got.keys() == want.keys()
+    weights = [path for path in got if path.suffix == ".safetensors"]
+    assert [got[path] for path in weights] == [want[path] for path in weights] != []
+    assert left_out(err) == ["hamlet"]
+    (line,) = (line for line in err.splitlines() if line.startswith("warning: `hamlet`"))
+    assert f"{written.weights('hamlet')}`: `{next(iter(written.numbers['hamlet']))}` holds" in line
+    assert line in lorameta("index", written.folder)[2]
+    assert sorted(path.name for path in out.parent.iterdir()) == ["new.txt", "out", "without"]
+
+
+def test_all_bad_members_are_found_at_once(written, dataset, out, lorameta):
+    spoil(written, "hamlet", "richard")
+    status, table, err = lorameta("merge", written.folder, dataset, "-o", out)
+    assert (status, len(table.splitlines()), left_out(err)) == (0, 2, ["hamlet", "richard"]), err
+    again = ["merge", "--repeat", out / "lorameta.json", "-o", out.with_name("again")]
+    assert lorameta(*again)[0] == 0
+    assert (out / WEIGHTS).read_bytes() == (out.with_name("again") / WEIGHTS).read_bytes()
+
+
+def test_a_bank_of_bad_members_is_refused(written, dataset, out, lorameta):
+    spoil(written, *TEXTS)
+    status, table, err = lorameta("merge", written.folder, dataset, "-o", out)
+    assert (status, table, list(out.parent.iterdir())) == (1, "", [dataset])
+    assert "none of 3 members can be used" in err
     assert str(written.weights("hamlet")) in err
-    assert next(iter(written.numbers["hamlet"])) in err
-    assert lorameta(*merge, "--allow-nan")[0] == 0
+
+
+def test_a_bad_member_that_is_not_chosen_does_not_matter(written, dataset, out, lorameta):
+    merge = ["merge", written.folder, dataset, "--top-k", "1", "--json", "-o"]
+
+    def chosen(name):
+        status, text, err = lorameta(*merge, out.with_name(name))
+        (job,) = json.loads(text)["jobs"]
+        used = [one["name"] for one in job["members"] if one["coefficient"]]
+        return status, used, left_out(err)
+
+    first, second, third = (one["name"] for one in ranked(lorameta, written.folder, dataset))
+    spoil(written, third)
+    assert chosen("a") == (0, [first], [])
+    spoil(written, first)
+    assert chosen("b") == (0, [second], sorted([first, third]))
+    spoil(written, second)
+    assert lorameta(*merge, out)[0] == 1
+
+
+def ranked(lorameta, bank, dataset):
+    """The members of a bank as `rank` has them."""
+    return json.loads(lorameta("rank", bank, dataset, "--json")[1])["members"]
+
+
+def test_a_bad_member_is_left_out_of_several_merges(written, dataset, out, lorameta):
+    spoil(written, "richard")
+    other = dataset.with_name("other.txt")
+    other.write_text("my kingdom")
+    merge = ["merge", written.folder, dataset, other, "--json", "-o"]
+    status, text, err = lorameta(*merge, out)
+    assert (status, left_out(err)) == (0, ["richard"]), err
+    for job in json.loads(text)["jobs"]:
+        assert sorted(one["name"] for one in job["members"]) == ["hamlet", "macbeth"]
+    assert lorameta(*merge, out.with_name("without"), "--exclude", "richard")[0] == 0
+    for name in ("new", "other"):
+        want = out.with_name("without") / name / WEIGHTS
+        assert (out / name / WEIGHTS).read_bytes() == want.read_bytes()
+
+
+def test_a_bad_member_is_left_out_of_a_dry_run_that_has_to_read(written, dataset, out, lorameta):
+    """Whether `soup` would do; fingerprints that are not kept are made once more then."""
+    spoil(written, "hamlet")
+    before = listed(written.folder)
+    merge = ["merge", written.folder, dataset, "-o", out, "--dry-run"]
+    status, table, err = lorameta(*merge, "--normalize", "none")
+    assert (status, len(table.splitlines()), left_out(err)) == (0, 3, ["hamlet"]), err
+    status, table, err = lorameta(*merge)
+    assert (status, len(table.splitlines()), left_out(err)) == (0, 4, []), err
+    assert listed(written.folder) == before
+
+
+def test_vectors_are_given_to_the_members_that_remain(written, dataset, out, lorameta):
+    spoil(written, "macbeth")
+    vectors = out.with_name("vectors.npz")
+    np.savez(vectors, **{name: np.eye(4)[i] + 0.1 for i, name in enumerate([*TEXTS, "new"])})
+    merge = ["merge", written.folder, dataset, "-o", out, "--vectors", vectors]
+    status, table, err = lorameta(*merge, "--metric", "vectors")
+    assert (status, len(table.splitlines()), left_out(err)) == (0, 3, ["macbeth"]), err
+
+
+def test_bad_members_that_were_named_are_refused(written, dataset, out, lorameta):
+    assert lorameta("merge", written.folder, dataset, "-o", out)[0] == 0
+    spoil(written, "hamlet")
+    again = out.with_name("again")
+    for named in (["--weights", "hamlet=1"], ["--repeat", out / "lorameta.json"]):
+        status, _, err = lorameta("merge", written.folder, *named, "-o", again)
+        assert (status, again.exists(), left_out(err)) == (1, False, [])
+        assert str(written.weights("hamlet")) in err
+        assert next(iter(written.numbers["hamlet"])) in err
+
+
+def test_nan_is_let_by_where_that_is_asked_for(written, dataset, out, lorameta):
+    spoil(written, "hamlet")
+    status, _, err = lorameta("merge", written.folder, dataset, "-o", out, "--allow-nan")
+    assert (status, left_out(err)) == (0, []), err
+    assert any(np.isnan(tensor).any() for tensor in tensors(out).values())
+
+
+def test_a_sum_out_of_range_is_no_fault_of_a_member(bank, dataset, out, lorameta):
+    merge = ["merge", bank, dataset, "-o", out, "--scale", "1e9", "--dtype", "float16"]
+    status, table, err = lorameta(*merge)
+    assert (status, table, left_out(err), out.exists()) == (1, "", [], False)
+    assert "the weighted sum is beyond the range of F16" in err
 
 
 def test_nan_may_be_let_by_where_there_is_none(bank, dataset, out, lorameta):

@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from words import rows_of, write_bank
 
 from lorameta_rs import Bank
@@ -184,6 +184,23 @@ def test_a_dry_run_says_that_it_would_refine(lorameta, bank, base, tmp_path):
     for option in ("--rows", "--budget", "--candidates", "--cache"):
         status, _, err = lorameta(*command, option, "12")
         assert (status, f"{option} has no effect without --refine" in err) == (2, True), err
+
+
+@pytest.mark.parametrize("options", [(), ("--top-k", "1")], ids=["chosen", "candidate"])
+def test_bad_members_take_no_part(lorameta, bank, base, tmp_path, options):
+    """Neither in the merge, nor beside it: candidates are read whether they were chosen or not."""
+    (tmp_path / "new.jsonl").write_text(rows_of(1))  # as `a_r8` has them
+    path = bank / "e_r16" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    next(iter(tensors.values()))[:] = np.nan
+    save_file(tensors, path)
+    command = ["merge", bank, tmp_path / "new.jsonl", "--refine", base, *options, "--json"]
+    command += ["--rows", "4", "--budget", "10", "-o", tmp_path / "out"]
+    status, text, err = lorameta(*command)
+    assert (status, err.count("warning: `e_r16` is left out")) == (0, 1), err
+    assert err.count("refining takes about") == 1
+    (job,) = json.loads(text)["jobs"]
+    assert set(job["refined"]["weights"]) == {"(merge)", "a_r8", "b_r8"}
 
 
 def test_rows_are_drawn_apart_with_the_seed(tmp_path):

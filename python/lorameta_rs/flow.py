@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from lorameta_rs.bank import Bank
 from lorameta_rs.calibration import kept, ranked
+from lorameta_rs.errors import NotFinite
 from lorameta_rs.fingerprint import token_distribution
-from lorameta_rs.index import leave_out_not_finite, make_fingerprints
+from lorameta_rs.index import Index, leave_out_not_finite, make_fingerprints, norms_or_fault
 from lorameta_rs.merge import Job, Options, merge
 from lorameta_rs.ranking import Ranking, Settings
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
     from lorameta_rs.calibration import Calibration
     from lorameta_rs.vectors import Vectors
+
+Made = TypeVar("Made")
 
 
 def jobs_for(
@@ -55,6 +58,53 @@ def norms_of(jobs: Sequence[Job], settings: Settings | Calibration) -> str | Non
     return settings.normalize if used else None
 
 
+def leave_out_faulty(bank: Bank, progress: Callable[[str], None] | None = None) -> bool:
+    """Leave out the members that hold NaN or infinity, after a look at all that the index lacks.
+
+    Args:
+        bank: `bank.left_out` takes them, each with the tensor.
+        progress: Told each member's name before its turn.
+
+    Returns:
+        Whether there are any.
+
+    Raises:
+        InvalidBank: None remains.
+    """
+    index, found = Index.of(bank), {}
+    for member in bank.members:
+        if progress is not None:
+            progress(member.name)
+        if index.norms(member) is None and (fault := norms_or_fault(member)[1]) is not None:
+            found[member.name] = NotFinite(fault)
+    if found:
+        bank.leave_out(found)
+    return bool(found)
+
+
+def without_faulty(
+    bank: Bank,
+    options: Options,
+    make: Callable[[], Made],
+    look: Callable[[Bank], bool] = leave_out_faulty,
+) -> Made:
+    """What `make` makes of a bank, without the members that turn out to hold NaN or infinity.
+
+    Of a bank that was not indexed, nobody knows before tensors are summed. Then all such members
+    are left out at once, and `make` begins again: it compares, and merges.
+
+    Raises:
+        NotFinite: No member is to blame, or `options` let NaN by.
+        InvalidBank: No member remains.
+    """
+    try:
+        return make()
+    except NotFinite:
+        if options.allow_nan or not look(bank):
+            raise
+    return make()
+
+
 def generate(
     bank: Bank | str | os.PathLike[str],
     dataset: str | os.PathLike[str],
@@ -79,7 +129,8 @@ def generate(
     ('task026_topic_animals', 3.0)
 
     Args:
-        bank: The bank, or its folder. Fingerprints that it lacks are made first.
+        bank: The bank, or its folder. Fingerprints that it lacks are made first; members that turn
+            out to hold NaN or infinity are left out, as its `left_out` says.
         dataset: The new dataset; `dataset.examples` says which formats it may have.
         out: The folder to be made, a PEFT adapter.
         settings: The metric, and how its distances become coefficients; without them, as the bank
@@ -95,14 +146,17 @@ def generate(
         LoraMetaError: What cannot be used, and what to do about it.
     """
     bank = bank if isinstance(bank, Bank) else Bank(bank)
-    if options is None or not options.allow_nan:
+    run = options or Options()
+    if not run.allow_nan:
         leave_out_not_finite(bank)
-    make_fingerprints(bank)
-    how = settings or kept(bank) or Settings()
-    (job,) = jobs_for(bank, [Path(dataset)], [Path(out)], how, columns)
-    options = options or Options()
-    if options.normalize is None:
-        options = replace(options, normalize=norms_of([job], how))
-    merge(bank, [job], options, progress)
-    assert job.ranking is not None
-    return job.ranking
+
+    def make() -> Ranking:
+        make_fingerprints(bank)
+        how = settings or kept(bank) or Settings()
+        (job,) = jobs_for(bank, [Path(dataset)], [Path(out)], how, columns)
+        normalize = run.normalize or norms_of([job], how)
+        merge(bank, [job], replace(run, normalize=normalize), progress)
+        assert job.ranking is not None
+        return job.ranking
+
+    return without_faulty(bank, run, make)

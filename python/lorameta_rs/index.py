@@ -230,7 +230,7 @@ def hash_adapters(bank: Bank, progress: Callable[[str], None] | None = None) -> 
             progress(member.name)
         adapter = member.adapter
         digest = files.sha256(adapter.path)
-        norms, fault = _norms(member)
+        norms, fault = norms_or_fault(member)
         index.adapters[member.name] = AdapterRecord(
             digest, adapter.size, adapter.mtime_ns, norms, fault
         )
@@ -242,8 +242,8 @@ def hash_adapters(bank: Bank, progress: Callable[[str], None] | None = None) -> 
     return len(unknown)
 
 
-def _norms(member: Member) -> tuple[list[float] | None, str | None]:
-    """The norms of a member's modules, or why it has none."""
+def norms_or_fault(member: Member) -> tuple[list[float] | None, str | None]:
+    """The norms of a member's modules, or which tensor holds NaN or infinity, from its file."""
     from lorameta_rs.merge import Options
 
     try:

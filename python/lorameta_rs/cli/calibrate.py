@@ -91,11 +91,11 @@ def calibrate(
     if base is None:
         options.refuse(context, ("members", "rows", "candidates", "seed"), "--base", "without")
     opened = options.bank_from(bank, arguments)
-    _, said = fingerprinted(opened)
+    fingerprinted(opened)
     with console.steps("hashing adapters", len(opened)) as step:
         hash_adapters(opened, progress=step)
     leave_out_not_finite(opened)
-    console.report(opened, said)
+    console.report(opened)
     with console.progress("multiplying adapters") as update:
         found, learned = calibrated(
             opened,

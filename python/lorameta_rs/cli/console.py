@@ -7,6 +7,7 @@ import os
 import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import click
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from lorameta_rs.bank import Bank
+
+_reported: WeakKeyDictionary[Bank, set[str]] = WeakKeyDictionary()
 
 
 def say(text: str) -> None:
@@ -31,17 +34,14 @@ def fail(text: str) -> None:
     _write(click.style("error: ", fg="red") + _printable(text), err=True)
 
 
-def report(bank: Bank, said: frozenset[str] = frozenset()) -> frozenset[str]:
-    """Say which members are left out and why, and what is odd about others.
-
-    Returns all that has been said; given to the next call, nothing is said twice.
-    """
+def report(bank: Bank) -> None:
+    """Say which members are left out and why, and what is odd about others: each once."""
+    said = _reported.setdefault(bank, set())
     left_out = [f"`{name}` is left out: {e}" for name, e in bank.left_out.items()]
-    lines = dict.fromkeys([*left_out, *bank.notes])
-    for line in lines:
+    for line in (*left_out, *bank.notes):
         if line not in said:
             warn(line)
-    return said.union(lines)
+            said.add(line)
 
 
 def data(value: Any) -> None:

@@ -121,11 +121,11 @@ def _bank(
     from lorameta_rs.formats.packing import pack
 
     bank = Bank(path)
-    said = console.report(bank)
+    console.report(bank)
     base = Base.known(base_config, path)
     with console.steps("converting", len(bank)) as step:
         made = pack(bank, out, to, dtype, base, run, step)
-    console.report(bank, said)
+    console.report(bank)
     console.say(
         f"wrote {out}: {console.number(len(bank), 'member')}, {console.size(made)} of adapters, "
         f"which were {console.size(sum(member.adapter.size for member in bank.members))}"

@@ -38,11 +38,11 @@ def index(bank: Path, metrics: tuple[str, ...], as_json: bool, **arguments: Any)
     from lorameta_rs.modules import lacking
 
     opened = options.bank_from(bank, arguments, arguments["columns"])
-    made, said = fingerprinted(opened)
+    made = fingerprinted(opened)
     with console.steps("hashing adapters", len(opened)) as step:
         hashed = hash_adapters(opened, progress=step)
     leave_out_not_finite(opened)
-    console.report(opened, said)
+    console.report(opened)
     if (odd := lacking(opened.members)) is not None:
         console.warn(odd)
     for metric in metrics:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lorameta_rs.bank import Bank
-    from lorameta_rs.merge import Job, Options
+    from lorameta_rs.merge import Job, Merged, Options
     from lorameta_rs.provenance import Provenance
 
 _OF_RESULT = (
@@ -170,10 +170,7 @@ def merge(
     Compares the dataset with those of the bank's members, and writes the sum of their adapters,
     each weighted by how near it is, as a PEFT adapter folder.
     """
-    from dataclasses import replace
-
-    from lorameta_rs.cli.merged import as_data, memory_of, say_done, say_jobs, say_lacking
-    from lorameta_rs.merge import merge, plan
+    from lorameta_rs.cli.merged import as_data, say_done, say_jobs, say_lacking
 
     if sum((bool(datasets), bool(weights), repeat is not None)) != 1:
         raise click.UsageError("give one of: a DATASET, --weights, --repeat")
@@ -189,45 +186,41 @@ def merge(
             "--repeat",
         )
         opened, jobs, run = _repeated(context, repeat, bank, _one(outs), arguments)
+        done = _merged(opened, jobs, run, dry_run)
     elif bank is None:
         raise click.UsageError("Missing argument 'BANK'.")
-    else:
+    elif weights:
+        options.refuse(context, (*options.SETTINGS, "columns", "refine", "vectors"), "--weights")
         run = _options(arguments)
-        if weights:
-            options.refuse(
-                context, (*options.SETTINGS, "columns", "refine", "vectors"), "--weights"
-            )
-            opened, jobs = _weighted(bank, weights, _one(outs), arguments)
-        else:
-            if arguments["refine"] is not None:
-                from lorameta_rs.refine import check_method
-
-                check_method(run)
-            opened, jobs, norms = _compared(context, bank, datasets, outs, arguments, not dry_run)
-            if run.normalize is None:
-                run = replace(run, normalize=norms)
-            if arguments["refine"] is not None and not dry_run:
-                jobs, run = _refined(opened, jobs, run, arguments)
-    say_lacking(opened, jobs)
-    if not as_json:
-        say_jobs(jobs)
-    if dry_run:
-        if arguments["refine"] is not None:
-            console.say(
-                f"--refine would look for better coefficients by {arguments['budget']} evaluations "
-                f"of {arguments['rows']} rows at most; what follows is of the merge without it"
-            )
-        done = plan(opened, jobs, run)
+        opened, jobs = _weighted(bank, weights, _one(outs), arguments)
+        done = _merged(opened, jobs, run, dry_run)
     else:
-        if run.method.endswith("_svd"):
-            # These form one module's ΔW at a time: what that takes is said before it is taken.
-            console.say(f"{run.method} takes {memory_of(plan(opened, jobs, run))}")
-        with console.progress("merging") as update:
-            done = merge(opened, jobs, run, update)
+        opened, jobs, run, done = _predicted(context, bank, datasets, outs, arguments, dry_run)
+    say_lacking(opened, jobs)
+    if dry_run and arguments["refine"] is not None:
+        console.say(
+            f"--refine would look for better coefficients by {arguments['budget']} evaluations "
+            f"of {arguments['rows']} rows at most; what follows is of the merge without it"
+        )
     if as_json:
         console.data(as_data(opened, jobs, done, run))
     else:
+        say_jobs(jobs)
         say_done(opened, jobs, done, run, dry_run)
+
+
+def _merged(bank: Bank, jobs: Sequence[Job], run: Options, dry_run: bool) -> Merged:
+    """What the merge did, or would do."""
+    from lorameta_rs.cli.merged import memory_of
+    from lorameta_rs.merge import merge, plan
+
+    if dry_run:
+        return plan(bank, jobs, run)
+    if run.method.endswith("_svd"):
+        # These form one module's ΔW at a time: what that takes is said before it is taken.
+        console.say(f"{run.method} takes {memory_of(plan(bank, jobs, run))}")
+    with console.progress("merging") as update:
+        return merge(bank, jobs, run, update)
 
 
 def _options(arguments: dict[str, Any]) -> Options:
@@ -247,37 +240,72 @@ def _one(outs: Sequence[Path]) -> Path:
     return outs[0]
 
 
-def _compared(
+def _predicted(
     context: click.Context,
     bank: Path,
     datasets: Sequence[Path],
     outs: Sequence[Path],
     arguments: dict[str, Any],
-    keep: bool,
-) -> tuple[Bank, list[Job], str | None]:
-    """A job for each dataset, and what is done with norms, if the bank's calibration says so."""
-    from lorameta_rs.flow import jobs_for, norms_of
+    dry_run: bool,
+) -> tuple[Bank, list[Job], Options, Merged]:
+    """A job for each dataset, how they were run, and what that did."""
+    from lorameta_rs.flow import without_faulty
     from lorameta_rs.merge import OWNED, written_to
     from lorameta_rs.staging import check
 
+    run = _options(arguments)
+    if arguments["refine"] is not None:
+        from lorameta_rs.refine import check_method
+
+        check_method(run)
     if len(outs) == len(datasets):
         folders = list(outs)
     elif len(outs) == 1:
         folders = [outs[0] / dataset.name.split(".")[0] for dataset in datasets]
     else:
         raise click.UsageError(f"{len(datasets)} datasets, {len(outs)} -o: give one, or as many")
-    formats = arguments["formats"]
-    places = [place for folder in folders for place in written_to(folder, formats).values()]
-    check(places, OWNED, arguments["force"])
+    places = [place for folder in folders for place in written_to(folder, run.formats).values()]
+    check(places, OWNED, run.force)
     opened = options.bank_from(bank, arguments)
-    _, said = fingerprinted(opened, keep, arguments["allow_nan"])
-    settings = calibrated(context, opened, arguments)
-    given = vectors(opened, arguments["vectors"])
+
+    def make() -> tuple[list[Job], Options, Merged]:
+        jobs, how = _compared(context, opened, datasets, folders, run, arguments, not dry_run)
+        if arguments["refine"] is not None and not dry_run:
+            jobs, how = _refined(opened, jobs, how, arguments)
+        return jobs, how, _merged(opened, jobs, how, dry_run)
+
+    return opened, *without_faulty(opened, run, make, _look_for_faulty)
+
+
+def _look_for_faulty(bank: Bank) -> bool:
+    from lorameta_rs.flow import leave_out_faulty
+
+    with console.steps("looking for NaN", len(bank)) as step:
+        return leave_out_faulty(bank, step)
+
+
+def _compared(
+    context: click.Context,
+    bank: Bank,
+    datasets: Sequence[Path],
+    outs: Sequence[Path],
+    run: Options,
+    arguments: dict[str, Any],
+    keep: bool,
+) -> tuple[list[Job], Options]:
+    """A job for each dataset, and the options with what the bank's calibration says of norms."""
+    from dataclasses import replace
+
+    from lorameta_rs.flow import jobs_for, norms_of
+
+    fingerprinted(bank, keep, run.allow_nan)
+    settings = calibrated(context, bank, arguments)
+    given = vectors(bank, arguments["vectors"])
     with console.rows("counting the new tokens") as update:
-        jobs = jobs_for(opened, datasets, folders, settings, arguments["columns"], update, given)
-    console.report(opened, said)
-    opened.forget_fingerprints()
-    return opened, jobs, norms_of(jobs, settings)
+        jobs = jobs_for(bank, datasets, outs, settings, arguments["columns"], update, given)
+    console.report(bank)
+    bank.forget_fingerprints()
+    return jobs, replace(run, normalize=run.normalize or norms_of(jobs, settings))
 
 
 def _refined(

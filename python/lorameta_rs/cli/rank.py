@@ -43,7 +43,7 @@ def rank(
 
     arguments = options.as_paper(context, arguments)
     opened = options.bank_from(bank, arguments)
-    _, said = fingerprinted(opened)
+    fingerprinted(opened)
     settings = calibrated(context, opened, arguments)
     given = vectors(opened, arguments["vectors"])
     with console.rows("counting the new tokens") as update:
@@ -56,7 +56,7 @@ def rank(
     if given is not None:
         target = given.of(dataset, target)
     found = ranked(opened, target, settings)
-    console.report(opened, said)
+    console.report(opened)
     if as_json:
         console.data(described(found))
         return
@@ -98,23 +98,22 @@ def vectors(bank: Bank, paths: Sequence[Path]) -> Vectors | None:
     return found
 
 
-def fingerprinted(
-    bank: Bank, keep: bool = True, allow_nan: bool = False
-) -> tuple[int, frozenset[str]]:
+def fingerprinted(bank: Bank, keep: bool = True, allow_nan: bool = False) -> int:
     """Give every member a fingerprint, and leave those out that can have none.
 
     Those too that the index knows to hold NaN or infinity, unless `allow_nan`. Returns how many
-    were made, and what has been said of the bank.
+    were made.
     """
     from lorameta_rs.index import leave_out_not_finite, make_fingerprints
 
     if not allow_nan:
         leave_out_not_finite(bank)
-    said = console.report(bank)
+    console.report(bank)
     _say_outdated(bank)
     with console.steps("counting tokens", len(bank.unfingerprinted())) as step:
         made = make_fingerprints(bank, keep=keep, progress=step)
-    return sum(made.values()), console.report(bank, said)
+    console.report(bank)
+    return sum(made.values())
 
 
 def _say_outdated(bank: Bank) -> None:
