@@ -107,8 +107,11 @@ def test_the_commands_can_be_pasted(name):
 def test_refined_coefficients(after, words):
     found = record()
     parts = {"m0": 0.125, "m1": 0.75, "m2": -0.25}
-    found.settings["refined"] = {"rows": 9, "before": 2.5, "after": after, "coefficients": parts}
+    refined = {"rows": 9, "before": 2.5, "after": after, "coefficients": parts}
+    refined["weights"] = {"(merge)": 0.125, "(uniform)": 0.0, "m1": -0.5}
+    found.settings["refined"] = refined
     text = card(found)
     assert "| m1 | 0.1250 | 0.7500 |\n| m2 | 0.2500 | -0.2500 |\n| m0 | 0.0000 | 0.1250 |" in text
     assert words in text
     assert f"held out is {after:.3f}" in text
+    assert "weights in the mixture: (merge) 0.12, (uniform) 0.00, m1 -0.50." in text

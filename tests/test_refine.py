@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -11,14 +12,36 @@ from safetensors.numpy import load_file, save_file
 from words import rows_of, write_bank
 
 from lorameta_rs import Bank
+from lorameta_rs.coefficients import normalized
 from lorameta_rs.errors import InvalidDataset, InvalidSetting
+from lorameta_rs.flow import jobs_for
 from lorameta_rs.formats.base import Base
 from lorameta_rs.formats.conversion import write_gguf
 from lorameta_rs.formats.opening import open_adapters
 from lorameta_rs.llama import Llama
 from lorameta_rs.merge import Options
 from lorameta_rs.provenance import Provenance
-from lorameta_rs.refine import Refining, answer_ids, chosen_rows, context_of, end_of_answers
+from lorameta_rs.ranking import Settings
+from lorameta_rs.refine import (
+    MERGE,
+    POWERS,
+    Refining,
+    answer_ids,
+    chosen_rows,
+    context_of,
+    end_of_answers,
+    merges_of,
+    refine,
+)
+
+MEMBERS = ("a_r8", "b_r8", "e_r16")
+# How each merge among the candidates is made without refining.
+MERGES = {
+    "(merge)": (),
+    "(sharper)": ("--temperature", "0.5"),
+    "(flatter)": ("--temperature", "2"),
+    "(uniform)": ("--pipeline", "uniform"),
+}
 
 pytest.importorskip("xllamacpp", reason="llama.cpp has no wheel for this platform")
 
@@ -34,20 +57,22 @@ def bank(golden, tmp_path):
     return write_bank(golden, tmp_path / "bank")
 
 
-def test_the_mixture_that_is_found_is_what_is_merged(lorameta, bank, base, tmp_path):
-    command = ["merge", bank, tmp_path / "new.jsonl", "--rows", "8", "--budget", "30"]
+@pytest.mark.parametrize("norms", [(), ("--normalize", "none")])
+def test_the_mixture_that_is_found_is_what_is_merged(lorameta, bank, base, tmp_path, norms):
+    command = ["merge", bank, tmp_path / "new.jsonl", *norms, "--rows", "8", "--budget", "30"]
     status, _, err = lorameta(*command, "-o", tmp_path / "out", "--refine", base)
     assert status == 0, err
     assert "refined by" in err
     assert "method svd: what --refine finds" in err
     record = json.loads((tmp_path / "out" / "lorameta.json").read_text())
     refined = record["settings"]["refined"]
-    assert next(iter(refined["weights"])) == "(merge)"
-    assert set(refined["weights"]) == {"(merge)", "a_r8", "b_r8", "e_r16"}
+    assert [*refined["weights"]][:4] == [*MERGES]
+    assert {*refined["weights"]} == {*MERGES, *MEMBERS}
     assert refined["after"] <= refined["before"]
     # Refined or not, every module is Σ weight · candidate: here with all of them written out.
-    plain = tmp_path / "plain"
-    assert lorameta(*command[:3], "-o", plain, "--rank", "32")[0] == 0
+    for name, settings in MERGES.items():
+        plain = ("--method", "svd", "--rank", "32", *norms, *settings)
+        assert lorameta(*command[:3], "-o", tmp_path / name, *plain)[0] == 0
     status, _, err = lorameta(
         *command, "-o", tmp_path / "full", "--refine", base, "--rank", "32", "--force"
     )
@@ -56,10 +81,11 @@ def test_the_mixture_that_is_found_is_what_is_merged(lorameta, bank, base, tmp_p
     text = (tmp_path / "full" / "lorameta.json").read_text()
     refined = json.loads(text)["settings"]["refined"]
     found = deltas(tmp_path / "full")
-    wanted = {name: refined["weights"]["(merge)"] * delta for name, delta in deltas(plain).items()}
-    for member in ("a_r8", "b_r8", "e_r16"):
-        for name, delta in deltas(bank / member).items():
-            wanted[name] = wanted[name] + refined["weights"][member] * delta
+    assert np.count_nonzero([refined["weights"][name] for name in POWERS]) == 1
+    wanted = dict.fromkeys(found, 0.0)
+    for folder in (*(tmp_path / name for name in MERGES), *(bank / name for name in MEMBERS)):
+        for name, delta in deltas(folder).items():
+            wanted[name] = wanted[name] + refined["weights"][folder.name] * delta
     for name, delta in wanted.items():
         np.testing.assert_allclose(found[name], delta, atol=2e-5 * np.abs(delta).max())
     again = tmp_path / "again"
@@ -75,11 +101,13 @@ def test_what_is_said_is_of_what_was_found(lorameta, bank, base, tmp_path):
     assert status == 0, err
     (found,) = json.loads(text)["jobs"]
     given = {one["name"]: one["coefficient"] for one in found["members"]}
-    status, text, _ = lorameta("rank", bank, tmp_path / "new.jsonl", "--json")
     weights = found["refined"]["weights"]
-    for one in json.loads(text)["members"]:
-        name = one["name"]
-        want = weights["(merge)"] * one["coefficient"] + weights[name]
+    wanted = {name: weights[name] for name in MEMBERS}
+    for merge, settings in MERGES.items():
+        _, text, _ = lorameta("rank", bank, tmp_path / "new.jsonl", "--json", *settings)
+        for one in json.loads(text)["members"]:
+            wanted[one["name"]] += weights[merge] * one["coefficient"]
+    for name, want in wanted.items():
         assert (given[name], found["refined"]["coefficients"][name]) == (pytest.approx(want),) * 2
     record = Provenance.load(out / "lorameta.json")
     shares = np.abs(list(given.values()))
@@ -94,7 +122,8 @@ def test_what_is_said_is_of_what_was_found(lorameta, bank, base, tmp_path):
     assert "with the base model on 8 rows" in card
     assert f"{found['refined']['after']:.3f}" in card
     record = json.loads((out / "lorameta.json").read_text())
-    for broken in ([], {"rows": 8, "before": "x", "after": 1}):
+    refined = record["settings"]["refined"]
+    for broken in ([], refined | {"before": "x"}, refined | {"weights": {"(merge)": "x"}}):
         record["settings"]["refined"] = broken
         (tmp_path / "broken.json").write_text(json.dumps(record))
         with pytest.raises(InvalidSetting, match="refined"):
@@ -200,7 +229,57 @@ def test_bad_members_take_no_part(lorameta, bank, base, tmp_path, options):
     assert (status, err.count("warning: `e_r16` is left out")) == (0, 1), err
     assert err.count("refining takes about") == 1
     (job,) = json.loads(text)["jobs"]
-    assert set(job["refined"]["weights"]) == {"(merge)", "a_r8", "b_r8"}
+    assert {*job["refined"]["weights"]} - {*MERGES} == {"a_r8", "b_r8"}
+
+
+def test_merges_are_of_temperatures_and_of_the_same_sum():
+    distances = np.array([0.1, 0.7, 0.4, 0.2])
+    found = merges_of(0.8 * normalized(distances))
+    assert [*found] == [MERGE, *POWERS]
+    for name, temperature in zip(found, (1.0, 0.5, 2.0, 1e9), strict=True):
+        np.testing.assert_allclose(found[name], 0.8 * normalized(distances, temperature), rtol=1e-8)
+
+
+def test_merges_keep_signs_and_leave_out_who_takes_no_part():
+    for own in merges_of(np.array([0.9, -0.3, 0.0])).values():
+        np.testing.assert_array_equal(np.sign(own), [1, -1, 0])
+        assert np.abs(own).sum() == pytest.approx(1.2)
+
+
+@pytest.mark.parametrize("given", [[1.0], [0.5, 0.5], [0.0, 2.0, 0.0], [1.0, -1.0], [-1.0]])
+def test_merges_that_are_the_same_are_one(given):
+    ((name, found),) = merges_of(np.array(given)).items()
+    assert (name, found.tolist()) == (MERGE, given)
+
+
+@pytest.mark.parametrize(("kept", "merges"), [(1, 1), (2, 4)])
+def test_a_bank_of_one_or_two_members(lorameta, bank, base, tmp_path, kept, merges):
+    for name in MEMBERS[kept:]:
+        shutil.rmtree(bank / name)
+    command = ["merge", bank, tmp_path / "new.jsonl", "--rows", "8", "--budget", "10"]
+    status, _, err = lorameta(*command, "-o", tmp_path / "out", "--refine", base)
+    assert status == 0, err
+    weights = Provenance.load(tmp_path / "out" / "lorameta.json").refined["weights"]
+    assert [*weights][:merges] == [*MERGES][:merges]
+    assert {*weights} == {*[*MERGES][:merges], *MEMBERS[:kept]}
+
+
+def test_a_pipeline_without_temperature(lorameta, bank, base, tmp_path):
+    command = ["merge", bank, tmp_path / "new.jsonl", "--rows", "8", "--budget", "10"]
+    command += ["-o", tmp_path / "out", "--refine", base, "--pipeline", "attentional"]
+    status, _, err = lorameta(*command)
+    assert status == 0, err
+    weights = Provenance.load(tmp_path / "out" / "lorameta.json").refined["weights"]
+    assert {*weights} == {*MERGES, *MEMBERS}
+
+
+def test_a_budget_that_is_too_small_is_refused_before_the_work(lorameta, bank, base, tmp_path):
+    assert lorameta("index", bank)[0] == 0
+    opened = Bank(bank)
+    (job,) = jobs_for(opened, [tmp_path / "new.jsonl"], [tmp_path / "out"], Settings())
+    with pytest.raises(InvalidSetting, match="4 merges and 3 members need 8 evaluations at least"):
+        refine(opened, job, Options(), Refining(base, budget=7), tmp_path / "work")
+    assert not (tmp_path / "work").exists()
 
 
 def test_rows_are_drawn_apart_with_the_seed(tmp_path):

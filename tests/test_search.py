@@ -42,6 +42,22 @@ def test_it_is_never_worse_than_the_best_alone_and_keeps_to_its_budget(seed, can
     assert found.loss == pytest.approx(loss(look, found.weights), rel=1e-5)
 
 
+@settings(max_examples=25)
+@given(st.integers(0, 1000), st.integers(1, 4), st.integers(0, 5), st.integers(0, 40))
+def test_of_alternatives_the_first_and_the_best_are_mixed(seed, alternatives, others, more):
+    candidates = alternatives + others
+    look, _, asked = answers(seed, candidates, bend=0.1)
+    found = search(look, candidates, candidates + 1 + more, alternatives)
+    alone = [loss(look, unit) for unit in np.eye(candidates)]
+    best = int(np.argmin(alone[:alternatives]))
+    worse = [k for k in range(1, alternatives) if k != best]
+    asked_later = np.array(asked[candidates + 1 : found.evaluations]).reshape(-1, candidates)
+    assert not found.weights[worse].any()
+    assert not asked_later[:, worse].any()
+    assert found.single == int(np.argmin(alone))
+    assert found.loss <= min(alone) + 1e-12
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_it_comes_near_the_best_mixture(seed):
     look, best, _ = answers(seed, 5)

@@ -117,8 +117,11 @@ def _refined(found: dict[str, Any]) -> str:
     loss = f"the loss of answers that were held out is {found['after']:.3f}"
     if found["after"] < found["before"]:
         what = f"The coefficients were refined with the base model on {rows}"
-        return f"{what}: {loss}, and was {found['before']:.3f} before."
-    return f"Refining with the base model on {rows} found no better coefficients: {loss}."
+        said = f"{what}: {loss}, and was {found['before']:.3f} before."
+    else:
+        said = f"Refining with the base model on {rows} found no better coefficients: {loss}."
+    mixed = ", ".join(f"{name} {weight:.2f}" for name, weight in found["weights"].items())
+    return f"{said} The candidates, and their weights in the mixture: {mixed}."
 
 
 def _relevance(record: Provenance) -> list[str]:

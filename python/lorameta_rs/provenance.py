@@ -196,14 +196,14 @@ def _check_settings(settings: dict[str, Any]) -> None:
     match given.get("refined"):
         case None:
             pass
-        case {"rows": int(), "before": before, "after": after, **rest}:
+        case {"rows": int(), "before": before, "after": after, "weights": dict(weights), **rest}:
             parts = rest.get("coefficients", {})
             if not isinstance(parts, dict):
                 raise ValueError("the coefficients of what was refined are no object")
-            for value in (before, after, *parts.values()):
+            for value in (before, after, *parts.values(), *weights.values()):
                 _number("what was refined", value)
         case _:
-            raise ValueError("`refined` in its settings lacks rows, before or after")
+            raise ValueError("`refined` in its settings lacks rows, before, after or weights")
     if lacking := {"dtype", "allow_nan"} - given.keys():
         raise ValueError(f"its settings lack {lacking.pop()}")
 

@@ -1,8 +1,9 @@
 """Coefficients made better by what the base model says: a few passes over rows of the new dataset.
 
-The merge that a ranking asks for and the nearest members are the candidates. llama.cpp has them all
-loaded, each request says how they are mixed, and `search` looks for the mixture under which the
-dataset's own answers are likeliest. It is kept where it also is so on rows that were held out.
+The merge that a ranking asks for, a few like it and the nearest members are the candidates.
+llama.cpp has them all loaded, each request says how they are mixed, and `search` looks for the
+mixture under which the dataset's own answers are likeliest. It is kept where it also is so on rows
+that were held out.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
 
 MERGE = "(merge)"
 """What the merge that the ranking asks for is called among the candidates."""
+POWERS = {"(sharper)": 2.0, "(flatter)": 0.5, "(uniform)": 0.0}
+"""The other merges, and to which power each has the ranking's coefficients: of a softmin the second
+halves the temperature, and the root doubles it."""
 
 _FEWEST = 4
 
@@ -56,7 +60,7 @@ class Refining:
     rows: int = 32
     """Of the dataset, to choose by; as many more are held out, as far as there are."""
     candidates: int = 8
-    """The nearest members that take part, beside the merge itself."""
+    """The nearest members that take part, beside the merges."""
     budget: int = 70
     """Evaluations of all rows at most."""
     seed: int = 0
@@ -76,9 +80,9 @@ class Refined:
     normalize `none`: the mixture's if it is better on the rows held out, else the merge's. Its
     ranking has each member's own number in the mixture, and in that of the merge."""
     names: list[str]
-    """The candidates: `(merge)`, then members."""
+    """The candidates: `(merge)`, others of `POWERS`, then members."""
     weights: Floats
-    """How the candidates are mixed."""
+    """How the candidates are mixed: of the merges but `(merge)` and the best alone."""
     before: float
     """On the rows held out, the loss of the merge as it was."""
     after: float
@@ -131,6 +135,14 @@ def refine(
     end = end_of_answers(how.base)
     search_rows, held_rows = (answer_ids(bank.tokenizer, rows, end) for rows in (chosen, held))
     near = [int(i) for i in np.argsort(-job.coefficients, kind="stable")[: how.candidates]]
+    merges = merges_of(job.coefficients)
+    names = [*merges, *(bank.names[i] for i in near)]
+    if how.budget < len(names) + 1:
+        raise InvalidSetting(
+            f"budget {how.budget}: {len(merges)} merges and {len(near)} members need "
+            f"{len(names) + 1} evaluations at least, of each alone and of none\n"
+            "give a larger budget, or fewer candidates"
+        )
     plain = Options(
         method="svd",
         normalize=normalize,
@@ -140,8 +152,9 @@ def refine(
         memory=options.memory,
         io=options.io,
     )
-    merge(bank, [Job(job.coefficients, folder / "merge")], plain)
-    members = [*open_adapters(folder / "merge"), *(bank.members[i] for i in near)]
+    jobs = [Job(own, folder / name) for name, own in merges.items()]
+    merge(bank, jobs, plain)
+    members = [open_adapters(one.out)[0] for one in jobs] + [bank.members[i] for i in near]
     paths = []
     for number, member in enumerate(members):
         paths.append(folder / f"{number}.gguf")
@@ -167,22 +180,22 @@ def refine(
                 progress(min(done, most), most)
             return np.concatenate(found)
 
-        mixture = search(look, len(members), how.budget)
+        mixture = search(look, len(members), how.budget, len(merges))
         alone = np.eye(len(members))[0]
         before = -float(look(alone, held_rows).mean())
     # A mixture is cut to the rank that is written: that is what has to be better.
-    coefficients, modules = _as_coefficients(bank, job, normalize, mixture.weights, near)
+    merged = np.stack([*merges.values()])
+    coefficients, modules = _as_coefficients(bank, merged, normalize, mixture.weights, near)
     cut = Job(coefficients, folder / "mixture", modules=modules)
     merge(bank, [cut], replace(plain, normalize="none"))
     after = _loss(cut.out, shape, how, context, held_rows)
     if progress is not None:
         progress(most, most)
-    names = [MERGE, *(bank.names[i] for i in near)]
     weights = mixture.weights if after < before else alone
     if weights is alone:
-        coefficients, modules = _as_coefficients(bank, job, normalize, alone, near)
-    shares = weights[0] * job.coefficients
-    shares[near] += weights[1:]
+        coefficients, modules = _as_coefficients(bank, merged, normalize, alone, near)
+    shares = weights[: len(merges)] @ merged
+    shares[near] += weights[len(merges) :]
     record = {
         "rows": len(search_rows),
         "seed": how.seed,
@@ -201,6 +214,30 @@ def refine(
         ranking=replace(job.ranking, coefficients=shares, relevance=about),
     )
     return Refined(refined, names, weights, before, after, mixture.evaluations)
+
+
+def merges_of(coefficients: Floats) -> dict[str, Floats]:
+    """The merges among the candidates, by name: of the coefficients as they are, and of `POWERS`.
+
+    All are of the same members, with the same signs and sum of sizes; one that is as an earlier one
+    is left out.
+
+    >>> for name, found in merges_of(np.array([0.8, 0.2, 0.0])).items():
+    ...     print(name, found.round(3))
+    (merge) [0.8 0.2 0. ]
+    (sharper) [0.941 0.059 0.   ]
+    (flatter) [0.667 0.333 0.   ]
+    (uniform) [0.5 0.5 0. ]
+    """
+    found = {MERGE: coefficients}
+    sizes = np.abs(coefficients) / np.abs(coefficients).max()
+    for name, power in POWERS.items():
+        raised = np.where(sizes > 0.0, sizes**power, 0.0)
+        own = np.copysign(raised, coefficients) * (np.abs(coefficients).sum() / raised.sum())
+        alike = 1e-3 * np.abs(coefficients).max()
+        if not any(np.allclose(own, other, rtol=0.0, atol=alike) for other in found.values()):
+            found[name] = own
+    return found
 
 
 def check_method(options: Options) -> None:
@@ -286,26 +323,33 @@ def _hashes(how: Refining, paths: Sequence[Path]) -> list[str]:
 
 
 def _as_coefficients(
-    bank: Bank, job: Job, normalize: str, weights: Floats, near: Sequence[int]
+    bank: Bank, merges: Floats, normalize: str, weights: Floats, near: Sequence[int]
 ) -> tuple[Floats, tuple[str, ...]]:
-    """A mixture as one coefficient for each module of each member, and the modules' patterns."""
+    """A mixture as one coefficient for each module of each member, and the modules' patterns.
+
+    Args:
+        bank: Its members.
+        merges: The coefficients of the merges that are mixed [merges, members].
+        normalize: What each of them does with norms.
+        weights: Of the merges, then of the members `near`.
+        near: Places of members in the bank.
+    """
     names = sorted({module.name for member in bank.members for module in member.modules})
     names.sort(key=len, reverse=True)  # a name also means those that end with it
     place = {name: i for i, name in enumerate(names)}
-    used = [i for i in range(len(bank)) if job.coefficients[i] != 0 or i in near]
+    used = np.flatnonzero(merges.any(axis=0)).tolist()
     members = [bank.members[i] for i in used]
-    plain = [[float(job.coefficients[i])] * len(bank.members[i].modules) for i in used]
-    if normalize == "none":
-        merged = plain
-    else:
+    summed = [[[float(row[i])] * len(bank.members[i].modules) for i in used] for row in merges]
+    if normalize != "none":
         weights_of_base = weight_files(bank.base_weights)
         norms = delta_norms(members, Index.of(bank), base_weights=weights_of_base)
-        (merged,) = unit_coefficients([plain], norms)
+        summed = unit_coefficients(summed, norms)
     table = np.zeros((len(bank), len(names)))
-    for i, member, row in zip(used, members, merged, strict=True):
-        for module, coefficient in zip(member.modules, row, strict=True):
-            table[i, place[module.name]] = weights[0] * coefficient
-    for weight, i in zip(weights[1:], near, strict=True):
+    for weight, rows in zip(weights[: len(merges)], summed, strict=True):
+        for i, member, row in zip(used, members, rows, strict=True):
+            for module, coefficient in zip(member.modules, row, strict=True):
+                table[i, place[module.name]] += weight * coefficient
+    for weight, i in zip(weights[len(merges) :], near, strict=True):
         for module in bank.members[i].modules:
             table[i, place[module.name]] += weight
     return table, tuple(re.escape(name) for name in names)

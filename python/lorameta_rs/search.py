@@ -40,7 +40,10 @@ class Mixture:
 
 
 def search(
-    log_probabilities: Callable[[Floats], Floats], candidates: int, budget: int = 70
+    log_probabilities: Callable[[Floats], Floats],
+    candidates: int,
+    budget: int = 70,
+    alternatives: int = 1,
 ) -> Mixture:
     """The mixture of candidates that makes the answers likeliest, within a budget.
 
@@ -48,6 +51,8 @@ def search(
         log_probabilities: Of weights [candidates] the log-probability of each token [tokens].
         candidates: How many adapters there are to be mixed.
         budget: Evaluations at most; the first `candidates` + 1 look at each alone, and at none.
+        alternatives: How many of the first candidates are much the same: of these only the first
+            and the best alone are mixed with the others.
 
     Returns:
         The best mixture that was looked at.
@@ -59,12 +64,16 @@ def search(
         raise InvalidSetting(
             f"budget {budget}: {candidates} candidates need {candidates + 1} evaluations at least"
         )
-    return _Search(log_probabilities, candidates, budget).run()
+    return _Search(log_probabilities, candidates, budget, alternatives).run()
 
 
 class _Search:
     def __init__(
-        self, log_probabilities: Callable[[Floats], Floats], candidates: int, budget: int
+        self,
+        log_probabilities: Callable[[Floats], Floats],
+        candidates: int,
+        budget: int,
+        alternatives: int,
     ) -> None:
         self.look = log_probabilities
         self.budget = budget
@@ -72,8 +81,12 @@ class _Search:
         units = np.eye(candidates)
         nothing = self.odds(np.zeros(candidates))
         each = np.array([self.odds(unit) for unit in units])
-        self.slopes = each - nothing
-        self.single = int(np.argmin([_loss(odds) for odds in each]))
+        losses = [_loss(odds) for odds in each]
+        self.single = int(np.argmin(losses))
+        best = int(np.argmin(losses[:alternatives]))
+        self.mixed = sorted({0, best, *range(alternatives, candidates)})
+        self.slopes = np.zeros_like(each)  # without one nothing is gained, and no step taken
+        self.slopes[self.mixed] = each[self.mixed] - nothing
         self.start = units[self.single]
         self.weights, self.z = self.start, each[self.single]
         self.loss = _loss(self.z)
@@ -91,7 +104,7 @@ class _Search:
         while self.used < self.budget:
             step = self.step(radius)
             if np.linalg.norm(step) < 5e-3 or radius < 0.02:
-                room = self.budget - self.used >= len(self.weights) + 2
+                room = self.budget - self.used >= len(self.mixed) + 2
                 if not room or before - self.loss < 1e-3 * self.loss:
                     break
                 before = self.loss
@@ -118,7 +131,7 @@ class _Search:
         """Take the slopes anew, and go to the best of the places that were looked at for it."""
         seen = []
         slopes = self.slopes.copy()
-        for k in range(len(self.weights)):
+        for k in self.mixed:
             weights = self.weights.copy()
             weights[k] += _STEP
             z = self.odds(weights)

@@ -73,7 +73,7 @@ _OF_REFINING = ("rows", "budget", "candidates", "cache")
     type=click.IntRange(1, 64),
     default=8,
     show_default=True,
-    help="Nearest members that --refine mixes with the merge.",
+    help="Nearest members that --refine mixes with the best of a few merges.",
 )
 @click.option(
     "--cache",
