@@ -14,11 +14,19 @@ use std::{ops::Range, sync::OnceLock};
 
 use crate::Dtype;
 
-/// `sums[k · stride + j] += Σ_i weights[k · n + i] · rows[i][j]` for every column j of the rows,
-/// K targets by n rows; each column is summed in the order of the rows. The rows are the
-/// little-endian bytes of float32, float16, bfloat16 or whole blocks of `Q8_0`, at any alignment.
-pub type AddProducts =
-    fn(sums: &mut [f32], stride: usize, dtype: Dtype, rows: &[&[u8]], weights: &[f32]);
+/// `sums[k · stride + j] += Σ_i weights[i · K + k] · rows[i][j]` for every column j of the rows,
+/// K targets by n rows; each column is summed in the order of the rows. Where the sums `begin` with
+/// these rows, what was there before counts as zero. The rows are the little-endian bytes of float32,
+/// float16, bfloat16 or whole blocks of `Q8_0`, at any alignment. Answers whether all these sums are
+/// finite.
+pub type AddProducts = fn(
+    sums: &mut [f32],
+    stride: usize,
+    dtype: Dtype,
+    rows: &[&[u8]],
+    weights: &[f32],
+    begin: bool,
+) -> bool;
 
 /// The numbers of little-endian `bytes` as float32; float64 is rounded to nearest.
 pub type Widen = fn(dtype: Dtype, bytes: &[u8], numbers: &mut [f32]);
@@ -73,8 +81,8 @@ macro_rules! kernel {
         fn $name() -> Kernel {
             Kernel {
                 name: stringify!($name),
-                add_products: |sums, stride, dtype, rows, weights| {
-                    $add_products(sums, stride, dtype, rows, weights);
+                add_products: |sums, stride, dtype, rows, weights, begin| {
+                    $add_products(sums, stride, dtype, rows, weights, begin)
                 },
                 add_gram: |sums, rows, stride, columns| $add_gram(sums, rows, stride, columns),
                 widen: |dtype, bytes, numbers| scalar::widen(dtype, bytes, numbers),
@@ -156,11 +164,12 @@ mod tests {
 
     /// The sums by one plain loop, the columns one after another.
     fn plain(sums: &mut [f32], stride: usize, rows: &[Vec<f32>], weights: &[f32]) {
-        for (k, weights) in weights.chunks(rows.len()).enumerate() {
+        let targets = weights.len() / rows.len();
+        for k in 0..targets {
             for j in 0..rows[0].len() {
-                for (row, &weight) in rows.iter().zip(weights) {
+                for (row, weights) in rows.iter().zip(weights.chunks(targets)) {
                     let sum = &mut sums[k * stride + j];
-                    *sum = row[j].mul_add(weight, *sum);
+                    *sum = row[j].mul_add(weights[k], *sum);
                 }
             }
         }
@@ -183,7 +192,9 @@ mod tests {
                 if dtype == Dtype::Q8_0 && len % BLOCK != 0 {
                     continue;
                 }
-                for (targets, members) in [(1, 1), (1, 3), (2, 8), (4, 5), (5, 2), (9, 3)] {
+                for (targets, members) in
+                    [(1, 1), (1, 3), (2, 8), (3, 2), (4, 5), (5, 2), (6, 4), (9, 3), (20, 2)]
+                {
                     let (bytes, rows): (Vec<_>, Vec<_>) =
                         (0..members).map(|i| rounded(dtype, &numbers(len, i as u32))).unzip();
                     let bytes: Vec<&[u8]> = bytes.iter().map(|bytes| &bytes[1..]).collect();
@@ -191,15 +202,22 @@ mod tests {
                     let stride = len + 3;
                     let mut got = numbers(targets * stride, 7);
                     let mut expected = got.clone();
-                    (kernel.add_products)(&mut got, stride, dtype, &bytes, &weights);
-                    plain(&mut expected, stride, &rows, &weights);
                     let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
-                    assert_eq!(
-                        bits(&got),
-                        bits(&expected),
-                        "{}, {dtype}: {targets} targets, {members} rows of {len}",
-                        kernel.name
-                    );
+                    for begin in [false, true] {
+                        if begin {
+                            expected.chunks_mut(stride).for_each(|row| row[..len].fill(0.0));
+                        }
+                        let finite =
+                            (kernel.add_products)(&mut got, stride, dtype, &bytes, &weights, begin);
+                        assert!(finite, "{}", kernel.name);
+                        plain(&mut expected, stride, &rows, &weights);
+                        assert_eq!(
+                            bits(&got),
+                            bits(&expected),
+                            "{}, {dtype}: {targets} targets, {members} rows of {len}, {begin}",
+                            kernel.name
+                        );
+                    }
                 }
             }
         }
@@ -271,6 +289,30 @@ mod tests {
                     let kept = std::mem::replace(&mut all[at], odd);
                     assert!(!(kernel.finite)(&all), "{}: {odd} at {at} of {len}", kernel.name);
                     all[at] = kept;
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn one_sum_that_is_not_finite_is_told_wherever_it_is() {
+        for kernel in available() {
+            for (dtype, step) in DTYPES.map(|dtype| (dtype, dtype.size(BLOCK))) {
+                let finite = numbers(4 * BLOCK, 3);
+                let (rows, targets) = (vec![rounded(dtype, &finite).0; 3], 7);
+                for at in 0..4 * targets {
+                    // A weight makes one target's sums infinite, in one block of columns.
+                    let (target, block) = (at / 4, at % 4);
+                    let columns = 1 + block * step..1 + (block + 1) * step;
+                    let rows: Vec<&[u8]> = rows.iter().map(|row| &row[columns.clone()]).collect();
+                    let mut weights = vec![1.0; rows.len() * targets];
+                    let mut sums = vec![0.0; targets * BLOCK];
+                    let sum = |sums: &mut [f32], weights: &[f32]| {
+                        (kernel.add_products)(sums, BLOCK, dtype, &rows, weights, true)
+                    };
+                    assert!(sum(&mut sums, &weights));
+                    weights[targets + target] = f32::INFINITY;
+                    assert!(!sum(&mut sums, &weights), "{} {dtype} {at}", kernel.name);
                 }
             }
         }

@@ -31,8 +31,7 @@ mod _core {
     use super::{
         Outcome, PyAdapter, PyLayout, PyModule, PyPlan, combine, convert, cosines, dora_norms,
         file_tensors, first_match, gguf_metadata, gguf_permutes, gguf_tensor_name, gram, norms,
-        open_adapters, peft_module_name, plan, scan, soup_errors,
-        version,
+        open_adapters, peft_module_name, plan, scan, soup_errors, version,
     };
 }
 

@@ -64,10 +64,21 @@ impl Writer {
     /// Write `numbers` into `tensor` (its place in the list given to `create`), from its element
     /// `start` on. Answers whether every number is finite in the file's type.
     pub(crate) fn write(&self, tensor: usize, start: usize, numbers: &[f32]) -> Result<bool> {
+        let finite = self.places[tensor].1 != Dtype::F32 || (widest().finite)(numbers);
+        Ok(self.write_finite(tensor, start, numbers)? && finite)
+    }
+
+    /// `write` of numbers that are known to be finite as float32, or may be what they are.
+    pub(crate) fn write_finite(
+        &self,
+        tensor: usize,
+        start: usize,
+        numbers: &[f32],
+    ) -> Result<bool> {
         let (place, dtype) = self.places[tensor];
         let offset = place + dtype.size(start) as u64;
         let (bytes, finite) = if dtype == Dtype::F32 && cfg!(target_endian = "little") {
-            (Cow::Borrowed(bytemuck::cast_slice(numbers)), (widest().finite)(numbers))
+            (Cow::Borrowed(bytemuck::cast_slice(numbers)), true)
         } else {
             let (bytes, finite) = narrow(dtype, numbers);
             (Cow::Owned(bytes), finite)

@@ -13,7 +13,12 @@ pub(super) fn add_products(
     dtype: Dtype,
     rows: &[&[u8]],
     weights: &[f32],
-) {
+    begin: bool,
+) -> bool {
+    if begin {
+        let (targets, columns) = (weights.len() / rows.len(), dtype.count(rows[0].len()));
+        sums.chunks_mut(stride).take(targets).for_each(|row| row[..columns].fill(0.0));
+    }
     match dtype {
         Dtype::F16 => add_columns(sums, stride, rows, weights, from_f16),
         Dtype::BF16 => add_columns(sums, stride, rows, weights, from_bf16),
@@ -33,37 +38,43 @@ fn add_columns<const N: usize>(
     rows: &[&[u8]],
     weights: &[f32],
     number: impl Fn([u8; N]) -> f32,
-) {
-    for (k, weights) in weights.chunks_exact(rows.len()).enumerate() {
-        let columns = rows[0].len() / N;
+) -> bool {
+    let mut all = true;
+    let (targets, columns) = (weights.len() / rows.len(), rows[0].len() / N);
+    for k in 0..targets {
         for (t, tile) in sums[k * stride..][..columns].chunks_mut(TILE).enumerate() {
             let mut kept = [0.0; TILE];
             kept[..tile.len()].copy_from_slice(tile);
-            for (row, &weight) in rows.iter().zip(weights) {
+            for (row, weights) in rows.iter().zip(weights.chunks_exact(targets)) {
                 let (numbers, _) = row[t * TILE * N..].as_chunks::<N>();
                 for (sum, &bytes) in kept.iter_mut().zip(numbers) {
-                    *sum = number(bytes).mul_add(weight, *sum);
+                    *sum = number(bytes).mul_add(weights[k], *sum);
                 }
             }
+            all &= finite(&kept);
             tile.copy_from_slice(&kept[..tile.len()]);
         }
     }
+    all
 }
 
 #[inline(always)]
-fn add_blocks(sums: &mut [f32], stride: usize, rows: &[&[u8]], weights: &[f32]) {
-    let columns = Dtype::Q8_0.count(rows[0].len());
-    for (k, weights) in weights.chunks_exact(rows.len()).enumerate() {
+fn add_blocks(sums: &mut [f32], stride: usize, rows: &[&[u8]], weights: &[f32]) -> bool {
+    let mut all = true;
+    let (targets, columns) = (weights.len() / rows.len(), Dtype::Q8_0.count(rows[0].len()));
+    for k in 0..targets {
         let (tiles, _) = sums[k * stride..][..columns].as_chunks_mut::<BLOCK>();
         for (t, tile) in tiles.iter_mut().enumerate() {
-            for (row, &weight) in rows.iter().zip(weights) {
+            for (row, weights) in rows.iter().zip(weights.chunks_exact(targets)) {
                 let (scale, numbers) = unpacked(&row.as_chunks().0[t]);
                 for (sum, &number) in tile.iter_mut().zip(numbers) {
-                    *sum = (f32::from(number as i8) * scale).mul_add(weight, *sum);
+                    *sum = (f32::from(number as i8) * scale).mul_add(weights[k], *sum);
                 }
             }
+            all &= finite(tile);
         }
     }
+    all
 }
 
 /// The scale of a block of `Q8_0`, and the signed bytes that it is multiplied with: products that

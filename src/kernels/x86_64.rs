@@ -10,13 +10,17 @@ use std::{arch::x86_64::*, ops::Range};
 use super::{LANES, scalar};
 use crate::{Dtype, dtype::BLOCK};
 
+/// The targets of a tile: with two vectors of columns their sums take 12 of the 16 registers of AVX2,
+/// with four 24 of the 32 of AVX-512. That is what hides the latency of a multiplication.
+const MOST: usize = 6;
+
 /// `super::AddProducts` for the types in `$dtype`, each loaded by `$load` from a row's column `$at`,
-/// a place of any alignment, with tiles of 4 targets (then 1) by `$vectors` vectors of `$lanes`
+/// a place of any alignment, with tiles of `MOST` targets or fewer by `$vectors` vectors of `$lanes`
 /// columns. There is no closure in it: one that is not inlined costs a factor of two.
 macro_rules! add_products {
     (
         $name:ident, $features:literal, $vectors:literal x $lanes:literal,
-        $zero:ident, $sums:ident, $broadcast:ident, $fma:ident, $store:ident,
+        $zero:ident, $sums:ident, $broadcast:ident, $fma:ident, $store:ident, $is_zero:ident,
         $($dtype:ident($row:ident, $at:ident): $load:expr;)*
     ) => {
         #[target_feature(enable = $features)]
@@ -26,12 +30,14 @@ macro_rules! add_products {
             dtype: Dtype,
             rows: &[&[u8]],
             weights: &[f32],
-        ) {
+            begin: bool,
+        ) -> bool {
             match dtype {
                 $(Dtype::$dtype => {
                     const WIDTH: usize = $vectors * $lanes;
 
-                    /// Targets from `k` to `k + T`, columns from `at` to `at + WIDTH`.
+                    /// Targets from `k` to `k + T`, columns from `at` to `at + WIDTH`; whether
+                    /// their sums are finite.
                     ///
                     /// # Safety
                     /// `sums` has a row of `stride` for each target, every row and every row of
@@ -44,16 +50,20 @@ macro_rules! add_products {
                         stride: usize,
                         rows: &[&[u8]],
                         weights: &[f32],
+                        begin: bool,
                         (k, at): (usize, usize),
-                    ) {
+                    ) -> bool {
                         // SAFETY: all places are within what the caller vouches for.
                         unsafe {
                             let sums = sums.as_mut_ptr().add(k * stride + at);
-                            let weights = weights.as_ptr().add(k * rows.len());
+                            let targets = weights.len() / rows.len();
+                            let weights = weights.as_ptr().add(k);
                             let mut tile = [[$zero(); $vectors]; T];
-                            for t in 0..T {
-                                for v in 0..$vectors {
-                                    tile[t][v] = $sums(sums.add(t * stride + v * $lanes));
+                            if !begin {
+                                for t in 0..T {
+                                    for v in 0..$vectors {
+                                        tile[t][v] = $sums(sums.add(t * stride + v * $lanes));
+                                    }
                                 }
                             }
                             for (i, row) in rows.iter().enumerate() {
@@ -63,17 +73,21 @@ macro_rules! add_products {
                                     x[v] = $load;
                                 }
                                 for t in 0..T {
-                                    let weight = $broadcast(*weights.add(t * rows.len() + i));
+                                    let weight = $broadcast(*weights.add(i * targets + t));
                                     for v in 0..$vectors {
                                         tile[t][v] = $fma(x[v], weight, tile[t][v]);
                                     }
                                 }
                             }
+                            // Times zero, what is not finite gives NaN, which stays.
+                            let mut odd = $zero();
                             for t in 0..T {
                                 for v in 0..$vectors {
                                     $store(sums.add(t * stride + v * $lanes), tile[t][v]);
+                                    odd = $fma(tile[t][v], $zero(), odd);
                                 }
                             }
+                            $is_zero(odd)
                         }
                     }
 
@@ -83,28 +97,39 @@ macro_rules! add_products {
                     assert!(targets > 0 && stride >= columns);
                     assert!(sums.len() >= (targets - 1) * stride + columns);
                     let wide = columns - columns % WIDTH;
+                    let mut finite = true;
                     // A tile of the rows stays in the L1 cache while all targets use it.
                     for tile in 0..columns / WIDTH {
                         let at = tile * WIDTH; // said so that blocks are found without a division
                         let mut k = 0;
-                        while k < targets {
-                            if targets - k >= 4 {
-                                // SAFETY: `k + 4 <= targets` and `at + WIDTH <= columns`; the
-                                // lengths were asserted above.
-                                unsafe { add_tile::<4>(sums, stride, rows, weights, (k, at)) };
-                                k += 4;
-                            } else {
-                                // SAFETY: `k + 1 <= targets`, the rest as above.
-                                unsafe { add_tile::<1>(sums, stride, rows, weights, (k, at)) };
-                                k += 1;
-                            }
+                        for left in (1..=targets.div_ceil(MOST)).rev() {
+                            // As many in each tile as in the others, by one: a small tile waits
+                            // for its own sums.
+                            let some = (targets - k).div_ceil(left);
+                            let place = (k, at);
+                            // SAFETY: `k + some <= targets` and `at + WIDTH <= columns`; the
+                            // lengths were asserted above.
+                            finite &= unsafe {
+                                match some {
+                                    1 => add_tile::<1>(sums, stride, rows, weights, begin, place),
+                                    2 => add_tile::<2>(sums, stride, rows, weights, begin, place),
+                                    3 => add_tile::<3>(sums, stride, rows, weights, begin, place),
+                                    4 => add_tile::<4>(sums, stride, rows, weights, begin, place),
+                                    5 => add_tile::<5>(sums, stride, rows, weights, begin, place),
+                                    _ => add_tile::<MOST>(sums, stride, rows, weights, begin, place),
+                                }
+                            };
+                            k += some;
                         }
                     }
                     if wide < columns {
                         let rest: Vec<&[u8]> =
                             rows.iter().map(|row| &row[dtype.size(wide)..]).collect();
-                        scalar::add_products(&mut sums[wide..], stride, dtype, &rest, weights);
+                        let sums = &mut sums[wide..];
+                        finite &=
+                            scalar::add_products(sums, stride, dtype, &rest, weights, begin);
                     }
+                    finite
                 })*
                 _ => unreachable!("other types are widened first"),
             }
@@ -118,6 +143,7 @@ macro_rules! add_products {
 add_products!(
     add_products_avx2, "avx2,fma,f16c", 2 x 8,
     _mm256_setzero_ps, _mm256_loadu_ps, _mm256_set1_ps, _mm256_fmadd_ps, _mm256_storeu_ps,
+    is_zero_avx2,
     F32(row, at): _mm256_loadu_ps(row.add(4 * at).cast());
     F16(row, at): _mm256_cvtph_ps(_mm_loadu_si128(row.add(2 * at).cast()));
     BF16(row, at): {
@@ -136,6 +162,7 @@ add_products!(
 add_products!(
     add_products_avx512, "avx512f,avx512bw", 4 x 16,
     _mm512_setzero_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_fmadd_ps, _mm512_storeu_ps,
+    is_zero_avx512,
     F32(row, at): _mm512_loadu_ps(row.add(4 * at).cast());
     F16(row, at): _mm512_cvtph_ps(_mm256_loadu_si256(row.add(2 * at).cast()));
     BF16(row, at): {
@@ -150,6 +177,18 @@ add_products!(
         _mm512_mul_ps(numbers, _mm512_cvtph_ps(scale))
     };
 );
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn is_zero_avx2(lanes: __m256) -> bool {
+    _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_EQ_OQ>(lanes, _mm256_setzero_ps())) == 0xff
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn is_zero_avx512(lanes: __m512) -> bool {
+    _mm512_cmp_ps_mask::<_CMP_EQ_OQ>(lanes, _mm512_setzero_ps()) == 0xffff
+}
 
 /// `super::AddGram`, with tiles of `$side` rows by as many, of `$vectors` vectors of `$lanes` lanes each.
 macro_rules! add_gram {

@@ -9,7 +9,7 @@ use crate::{
     Dtype, Io,
     adapter::Adapter,
     bank::{Bank, Holder, Slot},
-    blocks::{Options, Piece, Plan},
+    blocks::{Line, Options, Piece, Plan},
     error::{At, Error, Result},
     joint::each_on_threads,
     layout::Factor,
@@ -104,7 +104,7 @@ impl<'a> Soup<'a> {
         sources: &'b [Source],
         holder: Holder,
         piece: &Piece,
-        buffer: &'b mut [u64],
+        buffer: &'b mut [Line],
         bytes: &mut Vec<u8>,
     ) -> Result<Row<'b>> {
         let (tensor, source) = (self.bank.tensor(holder), &sources[holder.adapter]);
@@ -123,12 +123,12 @@ impl<'a> Soup<'a> {
         Ok((dtype, held))
     }
 
-    /// The room that `row` needs, in words.
+    /// The room that `row` needs, in cache lines.
     fn room(&self, piece: &Piece, holder: Holder) -> usize {
         let tensor = self.bank.tensor(holder);
         match (tensor.order, self.plan.io) {
             (Order::Rows, Io::Mmap) => 0,
-            _ => tensor.held_as().size(piece.len).div_ceil(8),
+            _ => tensor.held_as().size(piece.len).div_ceil(size_of::<Line>()),
         }
     }
 

@@ -2,11 +2,13 @@
 
 use std::ops::Range;
 
+use bytemuck::Zeroable;
+
 use super::{Row, Soup};
 use crate::{
     Dtype,
     bank::Holder,
-    blocks::{LINE, Piece, REUSED, Run, STRIP, joined},
+    blocks::{LINE, Line, Piece, REUSED, Run, STRIP, joined},
     error::{Error, Result, not_finite},
     kernels::{Kernel, widest},
     source::Source,
@@ -21,18 +23,18 @@ pub(super) struct Worker<'a> {
     watch: &'a Watch,
     kernel: Kernel,
     /// The block's sums, one row a target.
-    sums: Vec<f32>,
+    sums: Vec<Line>,
     /// A strip of each row of a group that must become float32 first.
-    widened: Vec<f32>,
-    /// What positional reads fill; in words, for the sake of alignment.
-    read: Vec<u64>,
+    widened: Vec<Line>,
+    /// What positional reads fill.
+    read: Vec<Line>,
     /// Bytes of a file that has another order.
     bytes: Vec<u8>,
 }
 
 impl<'a> Worker<'a> {
     pub(super) fn new(soup: &'a Soup<'a>, sources: &'a [Source], watch: &'a Watch) -> Self {
-        let widened = vec![0.0; soup.plan.group * STRIP];
+        let widened = vec![Line::zeroed(); soup.plan.group * STRIP / LINE];
         let (sums, read, bytes) = (vec![], vec![], vec![]);
         Self { soup, sources, watch, kernel: widest(), sums, widened, read, bytes }
     }
@@ -42,18 +44,21 @@ impl<'a> Worker<'a> {
         let everyone = 0..self.soup.bank.adapters.len();
         let targets = writers.len();
         let allow_nan = self.soup.options.allow_nan;
-        self.sum(block, 0..targets, std::slice::from_ref(&everyone))?;
-        if allow_nan && targets > 1 && !self.sums.iter().all(|sum| sum.is_finite()) {
+        let finite = self.sum(block, 0..targets, std::slice::from_ref(&everyone))?;
+        if !finite && !allow_nan {
+            return Err(self.blame_block(block, dtype));
+        }
+        if !finite && targets > 1 {
             // 0 · NaN is NaN: a target must not take NaN from an adapter that is not its own.
             for (target, writer) in writers.iter().enumerate() {
                 let own = |i: &usize| !self.soup.terms.is_without(target, *i);
                 let own: Vec<_> = everyone.clone().filter(own).map(|i| i..i + 1).collect();
                 self.sum(block, target..target + 1, &own)?;
-                write_block(block, &self.sums, writer)?;
+                write_block(block, numbers(&self.sums), writer)?;
             }
             return Ok(());
         }
-        for (sums, writer) in self.sums.chunks(stride(block)).zip(writers) {
+        for (sums, writer) in numbers(&self.sums).chunks(stride(block)).zip(writers) {
             match write_block(block, sums, writer)? {
                 Some(piece) if !allow_nan => return Err(self.blame(&piece, dtype)),
                 _ => {}
@@ -62,35 +67,46 @@ impl<'a> Worker<'a> {
         Ok(())
     }
 
-    /// Sum a block over `adapters` for some targets, into `self.sums`.
+    /// Sum a block over `adapters` for some targets, into `self.sums`. Answers whether all sums are
+    /// finite.
     fn sum(
         &mut self,
         block: &[Run],
         targets: Range<usize>,
         adapters: &[Range<usize>],
-    ) -> Result<()> {
+    ) -> Result<bool> {
+        let mut finite = true;
         let stride = stride(block);
-        self.sums.resize(targets.len() * stride, 0.0);
+        self.sums.resize(targets.len() * stride / LINE, Line::zeroed());
         let mut start = 0;
         for run in block {
-            // Shortly before they are used, and so in a near cache.
-            self.sums.chunks_mut(stride).for_each(|row| row[start..start + run.len].fill(0.0));
+            let mut begin = vec![true; run.pieces.len()];
             for group in adapters.iter().flat_map(|range| groups(range, self.soup.plan.group)) {
                 self.each_range(run, &group, Source::announce);
                 let mut at = start;
-                for piece in &run.pieces {
-                    self.add(piece, at, stride, &targets, &group)?;
+                for (piece, begin) in run.pieces.iter().zip(&mut begin) {
+                    if let Some(all) = self.add(piece, at, stride, &targets, &group, *begin)? {
+                        *begin = false;
+                        finite &= all;
+                    }
                     at += piece.len;
                 }
                 self.each_range(run, &group, Source::release);
             }
-            start += run.len;
+            for (piece, begin) in run.pieces.iter().zip(begin) {
+                if begin {
+                    let rows = numbers_mut(&mut self.sums).chunks_mut(stride);
+                    rows.for_each(|row| row[start..start + piece.len].fill(0.0));
+                }
+                start += piece.len;
+            }
         }
-        Ok(())
+        Ok(finite)
     }
 
     /// Add a piece of a group of adapters to the sums, of which a row is `stride` long and the
-    /// piece begins at `at`.
+    /// piece begins at `at`; they may `begin` with it. Answers whether they are finite; `None`
+    /// where no adapter of the group has the piece.
     fn add(
         &mut self,
         piece: &Piece,
@@ -98,22 +114,23 @@ impl<'a> Worker<'a> {
         stride: usize,
         targets: &Range<usize>,
         group: &Range<usize>,
-    ) -> Result<()> {
+        begin: bool,
+    ) -> Result<Option<bool>> {
         let soup = self.soup;
         let slot = &soup.bank.slots[piece.slot];
         let holders = soup.holders(slot, group);
         if holders.is_empty() {
-            return Ok(());
+            return Ok(None);
         }
-        let weights: Vec<f32> = targets
-            .clone()
-            .flat_map(|target| holders.iter().map(move |h| soup.weight(target, slot, *h)))
+        let weights: Vec<f32> = holders
+            .iter()
+            .flat_map(|holder| targets.clone().map(|target| soup.weight(target, slot, *holder)))
             .collect();
-        // A cache line apart: see `Plan::new`.
-        let room = |holder: &Holder| soup.room(piece, *holder).next_multiple_of(8) + 8;
+        // A cache line apart, so that rows do not share the same places of a cache.
+        let room = |holder: &Holder| soup.room(piece, *holder) + 1;
         let needed = holders.iter().map(room).sum();
         if self.read.len() < needed {
-            self.read.resize(needed, 0);
+            self.read.resize(needed, Line::zeroed());
         }
         let mut free = &mut self.read[..];
         let mut rows = Vec::with_capacity(holders.len());
@@ -124,20 +141,21 @@ impl<'a> Worker<'a> {
             free = rest;
         }
         let dtype = summed_as(rows.iter().map(|(dtype, _)| *dtype), targets.len());
+        let mut finite = true;
         for start in (0..piece.len).step_by(STRIP) {
             self.watch.go_on()?;
             let strip = start..piece.len.min(start + STRIP);
             let strips: Vec<&[u8]> = rows
                 .iter()
-                .zip(self.widened.chunks_mut(STRIP))
+                .zip(numbers_mut(&mut self.widened).chunks_mut(STRIP))
                 .map(|(row, free)| ready(row, dtype, &strip, free, self.kernel))
                 .collect();
-            let sums = &mut self.sums[at + start..];
-            (self.kernel.add_products)(sums, stride, dtype, &strips, &weights);
+            let sums = &mut numbers_mut(&mut self.sums)[at + start..];
+            finite &= (self.kernel.add_products)(sums, stride, dtype, &strips, &weights, begin);
         }
         let size = |holder: &Holder| soup.bank.tensor(*holder).dtype.size(piece.len);
         self.watch.advance(holders.iter().map(size).sum());
-        Ok(())
+        Ok(Some(finite))
     }
 
     /// What a group of adapters has of a run, as few ranges of each as it is, to `tell`.
@@ -160,6 +178,22 @@ impl<'a> Worker<'a> {
         }
     }
 
+    /// Whose fault it is that the sums of a block are not finite.
+    fn blame_block(&mut self, block: &[Run], dtype: Dtype) -> Error {
+        let mut at = 0;
+        let mut pieces = joined(block).into_iter();
+        let odd = pieces.find(|piece| {
+            let own = at..at + piece.len;
+            at = own.end;
+            let mut rows = numbers(&self.sums).chunks(stride(block));
+            rows.any(|row| !(self.kernel.finite)(&row[own.clone()]))
+        });
+        match odd {
+            Some(piece) => self.blame(&piece, dtype),
+            None => unreachable!("one of them is not"),
+        }
+    }
+
     /// Whose fault it is that the sum of a piece is not finite.
     fn blame(&mut self, piece: &Piece, dtype: Dtype) -> Error {
         let soup = self.soup;
@@ -167,7 +201,7 @@ impl<'a> Worker<'a> {
         for holder in &slot.holders {
             let adapter = soup.bank.adapters[holder.adapter];
             let tensor = soup.bank.tensor(*holder);
-            self.read.resize(soup.room(piece, *holder), 0);
+            self.read.resize(soup.room(piece, *holder), Line::zeroed());
             let row = match soup.row(self.sources, *holder, piece, &mut self.read, &mut self.bytes)
             {
                 Ok(row) => row,
@@ -176,7 +210,7 @@ impl<'a> Worker<'a> {
             for start in (0..piece.len).step_by(STRIP) {
                 let strip = start..piece.len.min(start + STRIP);
                 let bytes = &row.1[row.0.size(strip.start)..row.0.size(strip.end)];
-                let numbers = &mut self.widened[..strip.len()];
+                let numbers = &mut numbers_mut(&mut self.widened)[..strip.len()];
                 (self.kernel.widen)(row.0, bytes, numbers);
                 if let Some(number) = numbers.iter().find(|number| !number.is_finite()) {
                     return Error::NotFinite {
@@ -189,6 +223,14 @@ impl<'a> Worker<'a> {
         }
         Error::Overflow { tensor: slot.name.clone(), dtype }
     }
+}
+
+fn numbers(lines: &[Line]) -> &[f32] {
+    bytemuck::cast_slice(lines)
+}
+
+fn numbers_mut(lines: &mut [Line]) -> &mut [f32] {
+    bytemuck::cast_slice_mut(lines)
 }
 
 /// How far apart a block's rows of sums begin: a cache line more than a row is long, so that the
@@ -208,7 +250,7 @@ fn write_block(block: &[Run], sums: &[f32], writer: &Writer) -> Result<Option<Pi
     let mut at = 0;
     let mut faulty = None;
     for piece in joined(block) {
-        let finite = writer.write(piece.slot, piece.start, &sums[at..at + piece.len])?;
+        let finite = writer.write_finite(piece.slot, piece.start, &sums[at..at + piece.len])?;
         at += piece.len;
         faulty = faulty.or((!finite).then_some(piece));
     }

@@ -144,7 +144,7 @@ impl Sums {
         };
         let add = |sums: &mut [f32], numbers: &[f32], weight: f32| {
             let rows = [bytemuck::cast_slice(numbers)];
-            (kernel.add_products)(sums, columns, Dtype::F32, &rows, &[weight]);
+            (kernel.add_products)(sums, columns, Dtype::F32, &rows, &[weight], false);
         };
         for (target, weight, _) in used().filter(|(_, _, way)| *way == Way::Whole) {
             add(&mut self.up[row(target)], numbers, weight);
