@@ -16,7 +16,7 @@ const MOST: usize = 6;
 
 /// `super::AddProducts` for the types in `$dtype`, each loaded by `$load` from a row's column `$at`,
 /// a place of any alignment, with tiles of `MOST` targets or fewer by `$vectors` vectors of `$lanes`
-/// columns. There is no closure in it: one that is not inlined costs a factor of two.
+/// columns, or twice as many. There is no closure in it: one that is not inlined costs a factor of two.
 macro_rules! add_products {
     (
         $name:ident, $features:literal, $vectors:literal x $lanes:literal,
@@ -34,18 +34,20 @@ macro_rules! add_products {
         ) -> bool {
             match dtype {
                 $(Dtype::$dtype => {
-                    const WIDTH: usize = $vectors * $lanes;
+                    const V: usize = $vectors;
+                    const WIDTH: usize = V * $lanes;
+                    const BROAD: usize = 2 * V;
 
-                    /// Targets from `k` to `k + T`, columns from `at` to `at + WIDTH`; whether
+                    /// Targets from `k` to `k + T`, `W` vectors of columns from `at` on; whether
                     /// their sums are finite.
                     ///
                     /// # Safety
                     /// `sums` has a row of `stride` for each target, every row and every row of
-                    /// sums has `at + WIDTH` columns, and `weights` has a number for each target
+                    /// sums has these columns, and `weights` has a number for each target
                     /// and row.
                     #[inline]
                     #[target_feature(enable = $features)]
-                    unsafe fn add_tile<const T: usize>(
+                    unsafe fn add_tile<const T: usize, const W: usize>(
                         sums: &mut [f32],
                         stride: usize,
                         rows: &[&[u8]],
@@ -58,23 +60,23 @@ macro_rules! add_products {
                             let sums = sums.as_mut_ptr().add(k * stride + at);
                             let targets = weights.len() / rows.len();
                             let weights = weights.as_ptr().add(k);
-                            let mut tile = [[$zero(); $vectors]; T];
+                            let mut tile = [[$zero(); W]; T];
                             if !begin {
                                 for t in 0..T {
-                                    for v in 0..$vectors {
+                                    for v in 0..W {
                                         tile[t][v] = $sums(sums.add(t * stride + v * $lanes));
                                     }
                                 }
                             }
                             for (i, row) in rows.iter().enumerate() {
-                                let mut x = [$zero(); $vectors];
-                                for v in 0..$vectors {
+                                let mut x = [$zero(); W];
+                                for v in 0..W {
                                     let ($row, $at) = (row.as_ptr(), at + v * $lanes);
                                     x[v] = $load;
                                 }
                                 for t in 0..T {
                                     let weight = $broadcast(*weights.add(i * targets + t));
-                                    for v in 0..$vectors {
+                                    for v in 0..W {
                                         tile[t][v] = $fma(x[v], weight, tile[t][v]);
                                     }
                                 }
@@ -82,7 +84,7 @@ macro_rules! add_products {
                             // Times zero, what is not finite gives NaN, which stays.
                             let mut odd = $zero();
                             for t in 0..T {
-                                for v in 0..$vectors {
+                                for v in 0..W {
                                     $store(sums.add(t * stride + v * $lanes), tile[t][v]);
                                     odd = $fma(tile[t][v], $zero(), odd);
                                 }
@@ -96,10 +98,22 @@ macro_rules! add_products {
                     assert!(rows.iter().all(|row| row.len() == rows[0].len()));
                     assert!(targets > 0 && stride >= columns);
                     assert!(sums.len() >= (targets - 1) * stride + columns);
-                    let wide = columns - columns % WIDTH;
                     let mut finite = true;
+                    // One or two targets keep few registers busy: they take columns for them.
+                    let broad = if targets > 2 { 0 } else { columns / (2 * WIDTH) };
+                    for tile in 0..broad {
+                        let place = (0, tile * 2 * WIDTH);
+                        // SAFETY: `columns` has `broad` tiles of twice the width; the lengths
+                        // were asserted above.
+                        finite &= unsafe {
+                            match targets {
+                                1 => add_tile::<1, BROAD>(sums, stride, rows, weights, begin, place),
+                                _ => add_tile::<2, BROAD>(sums, stride, rows, weights, begin, place),
+                            }
+                        };
+                    }
                     // A tile of the rows stays in the L1 cache while all targets use it.
-                    for tile in 0..columns / WIDTH {
+                    for tile in 2 * broad..columns / WIDTH {
                         let at = tile * WIDTH; // said so that blocks are found without a division
                         let mut k = 0;
                         for left in (1..=targets.div_ceil(MOST)).rev() {
@@ -111,17 +125,18 @@ macro_rules! add_products {
                             // lengths were asserted above.
                             finite &= unsafe {
                                 match some {
-                                    1 => add_tile::<1>(sums, stride, rows, weights, begin, place),
-                                    2 => add_tile::<2>(sums, stride, rows, weights, begin, place),
-                                    3 => add_tile::<3>(sums, stride, rows, weights, begin, place),
-                                    4 => add_tile::<4>(sums, stride, rows, weights, begin, place),
-                                    5 => add_tile::<5>(sums, stride, rows, weights, begin, place),
-                                    _ => add_tile::<MOST>(sums, stride, rows, weights, begin, place),
+                                    1 => add_tile::<1, V>(sums, stride, rows, weights, begin, place),
+                                    2 => add_tile::<2, V>(sums, stride, rows, weights, begin, place),
+                                    3 => add_tile::<3, V>(sums, stride, rows, weights, begin, place),
+                                    4 => add_tile::<4, V>(sums, stride, rows, weights, begin, place),
+                                    5 => add_tile::<5, V>(sums, stride, rows, weights, begin, place),
+                                    _ => add_tile::<MOST, V>(sums, stride, rows, weights, begin, place),
                                 }
                             };
                             k += some;
                         }
                     }
+                    let wide = columns - columns % WIDTH;
                     if wide < columns {
                         let rest: Vec<&[u8]> =
                             rows.iter().map(|row| &row[dtype.size(wide)..]).collect();
