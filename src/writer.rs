@@ -68,7 +68,7 @@ impl Writer {
         Ok(self.write_finite(tensor, start, numbers)? && finite)
     }
 
-    /// `write` of numbers that are known to be finite as float32, or may be what they are.
+    /// `write` of numbers that are known to be finite: only the file's type is asked.
     pub(crate) fn write_finite(
         &self,
         tensor: usize,

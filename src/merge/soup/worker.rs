@@ -45,21 +45,18 @@ impl<'a> Worker<'a> {
         let targets = writers.len();
         let allow_nan = self.soup.options.allow_nan;
         let finite = self.sum(block, 0..targets, std::slice::from_ref(&everyone))?;
-        if !finite && !allow_nan {
-            return Err(self.blame_block(block, dtype));
-        }
-        if !finite && targets > 1 {
+        if !finite && allow_nan && targets > 1 {
             // 0 · NaN is NaN: a target must not take NaN from an adapter that is not its own.
             for (target, writer) in writers.iter().enumerate() {
                 let own = |i: &usize| !self.soup.terms.is_without(target, *i);
                 let own: Vec<_> = everyone.clone().filter(own).map(|i| i..i + 1).collect();
-                self.sum(block, target..target + 1, &own)?;
-                write_block(block, numbers(&self.sums), writer)?;
+                let finite = self.sum(block, target..target + 1, &own)?;
+                write_block(block, numbers(&self.sums), finite, writer)?;
             }
             return Ok(());
         }
         for (sums, writer) in numbers(&self.sums).chunks(stride(block)).zip(writers) {
-            match write_block(block, sums, writer)? {
+            match write_block(block, sums, finite, writer)? {
                 Some(piece) if !allow_nan => return Err(self.blame(&piece, dtype)),
                 _ => {}
             }
@@ -178,22 +175,6 @@ impl<'a> Worker<'a> {
         }
     }
 
-    /// Whose fault it is that the sums of a block are not finite.
-    fn blame_block(&mut self, block: &[Run], dtype: Dtype) -> Error {
-        let mut at = 0;
-        let mut pieces = joined(block).into_iter();
-        let odd = pieces.find(|piece| {
-            let own = at..at + piece.len;
-            at = own.end;
-            let mut rows = numbers(&self.sums).chunks(stride(block));
-            rows.any(|row| !(self.kernel.finite)(&row[own.clone()]))
-        });
-        match odd {
-            Some(piece) => self.blame(&piece, dtype),
-            None => unreachable!("one of them is not"),
-        }
-    }
-
     /// Whose fault it is that the sum of a piece is not finite.
     fn blame(&mut self, piece: &Piece, dtype: Dtype) -> Error {
         let soup = self.soup;
@@ -245,12 +226,19 @@ fn groups(range: &Range<usize>, length: usize) -> impl Iterator<Item = Range<usi
     range.clone().step_by(length).map(move |start| start..end.min(start + length))
 }
 
-/// Write a target's sums of a block; answers a piece that is not finite in the file's type.
-fn write_block(block: &[Run], sums: &[f32], writer: &Writer) -> Result<Option<Piece>> {
+/// Write a target's sums of a block, which may be known to be `finite`; answers a piece that is not,
+/// in the file's type.
+fn write_block(
+    block: &[Run],
+    sums: &[f32],
+    finite: bool,
+    writer: &Writer,
+) -> Result<Option<Piece>> {
+    let write = if finite { Writer::write_finite } else { Writer::write };
     let mut at = 0;
     let mut faulty = None;
     for piece in joined(block) {
-        let finite = writer.write_finite(piece.slot, piece.start, &sums[at..at + piece.len])?;
+        let finite = write(writer, piece.slot, piece.start, &sums[at..at + piece.len])?;
         at += piece.len;
         faulty = faulty.or((!finite).then_some(piece));
     }
