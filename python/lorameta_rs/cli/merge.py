@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
     from lorameta_rs.bank import Bank
     from lorameta_rs.merge import Job, Merged, Options
-    from lorameta_rs.provenance import Provenance
 
 _OF_RESULT = (
     *("method", "rank", "energy", "normalize", "density", "majority_sign", "seed"),
@@ -185,7 +184,10 @@ def merge(
             (*options.SETTINGS, "paper", "refine", "columns", "vectors", *_OF_RESULT),
             "--repeat",
         )
-        opened, jobs, run = _repeated(context, repeat, bank, _one(outs), arguments)
+        from lorameta_rs.cli.repeated import repeated
+
+        run = _options(arguments)
+        opened, jobs, run = repeated(context, repeat, bank, _one(outs), run, arguments)
         done = _merged(opened, jobs, run, dry_run)
     elif bank is None:
         raise click.UsageError("Missing argument 'BANK'.")
@@ -373,71 +375,3 @@ def _weighted(
         for i in range(len(modules))
     ]
     return opened, [Job(np.stack(columns, axis=1), out, modules=modules)]
-
-
-def _repeated(
-    context: click.Context,
-    path: Path,
-    bank: Path | None,
-    out: Path,
-    arguments: dict[str, Any],
-) -> tuple[Bank, list[Job], Options]:
-    """The job that a `lorameta.json` records, from the same files."""
-    from dataclasses import replace
-
-    from lorameta_rs.bank import ANY_BASE
-    from lorameta_rs.errors import InvalidBank
-    from lorameta_rs.formats.base import Base
-    from lorameta_rs.provenance import OF_RESULT, Provenance
-    from lorameta_rs.repeat import RepeatedJob
-
-    record = Provenance.load(path)
-    settings = record.settings
-    base = arguments["base_model"] or settings["base_model"] or ANY_BASE
-    folder = bank or Path(settings["bank"])
-    weights = arguments["base_weights"] or settings.get("base_weights")
-    recorded = {"drop_unsupported": settings.get("drop_unsupported", False)}
-    recorded |= {"base_model": base, "base_weights": weights}
-    opened = options.bank_from(folder, arguments | recorded)
-    opened.require(record.coefficients)
-    for name in record.coefficients:
-        if name not in opened.names:
-            raise InvalidBank(f"`{folder}` has no member `{name}`, which `{path}` records")
-    console.report(opened)
-    _same_files(opened, record, path)
-    # What an earlier version did not record had its default then.
-    of_result = {name: settings[name] for name in OF_RESULT if name in settings}
-    job = RepeatedJob.of(record, opened, out)
-    run = replace(_options(arguments), **of_result, method=record.method)
-    if context.get_parameter_source("formats") is click.core.ParameterSource.DEFAULT:
-        run = replace(run, formats=record.formats)
-    if run.base is None and (table := settings.get("base")) is not None:
-        run = replace(run, base=Base.of_table(f"`{path}`", table))
-    return opened, [job], run
-
-
-def _same_files(bank: Bank, record: Provenance, path: Path) -> None:
-    """See that the members' files are those of which an adapter was made."""
-    from lorameta_rs import files
-    from lorameta_rs.errors import FileChanged
-    from lorameta_rs.index import Index
-
-    index = Index.of(bank)
-    recorded = {member["name"]: member["sha256"] for member in record.members}
-    used = [member for member in bank.members if member.name in recorded]
-    with console.steps("hashing adapters", len(used)) as step:
-        for member in used:
-            if step is not None:
-                step(member)
-            expected = recorded[member.name]
-            if expected is None:
-                continue
-            # A bank that was copied has other times than its index says, and the same bytes.
-            if expected != (index.sha256(member) or files.sha256(member.adapter.path)):
-                raise FileChanged(f"`{member.adapter.path}` is not the file that `{path}` records")
-    unknown = sum(sha256 is None for sha256 in recorded.values())
-    if unknown:
-        console.warn(
-            f"`{path}` has no hash of {console.number(unknown, 'member')}: whether these are the "
-            "same files as then is not known"
-        )
