@@ -60,17 +60,21 @@ pub struct Kernel {
     pub(crate) sparse: Sparse,
 }
 
+type KeepRandom = fn(numbers: &[f32], key: [u32; 2], start: u32, limit: u32, kept: &mut [f32]);
+type Elect =
+    fn(up: &mut [f32], down: &[f32], totals: &[f64], numbers: [&[u16]; 2], by_number: bool);
 type Vote = fn(numbers: &[f32], totals: &mut [f64], up: &mut [u16], down: &mut [u16]);
 
 /// See the loops of the same names in `sparse`.
 #[derive(Clone, Copy)]
 pub(crate) struct Sparse {
-    pub(crate) keep_largest: fn(numbers: &mut [f32], bits: u32),
+    pub(crate) keep_largest: fn(numbers: &[f32], bits: u32, kept: &mut [f32]),
     pub(crate) count: fn(numbers: &[f32], bits: [u32; 2]) -> [usize; 2],
     pub(crate) collect: fn(numbers: &[f32], low: u32, high: u32, found: &mut Vec<u32>),
-    pub(crate) keep_random: fn(numbers: &mut [f32], key: [u32; 2], start: u32, limit: u32),
+    pub(crate) keep_random: KeepRandom,
     pub(crate) vote: Vote,
     pub(crate) add_by_sign: fn(numbers: &[f32], weight: f32, up: &mut [f32], down: &mut [f32]),
+    pub(crate) elect: Elect,
 }
 
 /// A kernel of the plain loops, compiled for the features that its attribute names: a closure has
@@ -88,17 +92,20 @@ macro_rules! kernel {
                 widen: |dtype, bytes, numbers| scalar::widen(dtype, bytes, numbers),
                 finite: |numbers| scalar::finite(numbers),
                 sparse: Sparse {
-                    keep_largest: |numbers, bits| sparse::keep_largest(numbers, bits),
+                    keep_largest: |numbers, bits, kept| sparse::keep_largest(numbers, bits, kept),
                     count: |numbers, bits| sparse::count(numbers, bits),
                     collect: |numbers, low, high, found| {
                         sparse::collect(numbers, low, high, found);
                     },
-                    keep_random: |numbers, key, start, limit| {
-                        sparse::keep_random(numbers, key, start, limit);
+                    keep_random: |numbers, key, start, limit, kept| {
+                        sparse::keep_random(numbers, key, start, limit, kept);
                     },
                     vote: |numbers, totals, up, down| sparse::vote(numbers, totals, up, down),
                     add_by_sign: |numbers, weight, up, down| {
                         sparse::add_by_sign(numbers, weight, up, down);
+                    },
+                    elect: |up, down, totals, numbers, by_number| {
+                        sparse::elect(up, down, totals, numbers, by_number);
                     },
                 },
             }
@@ -254,24 +261,29 @@ mod tests {
         for kernel in available() {
             for len in (0..70).chain([127, 2048]) {
                 let all = |loops: Sparse| {
-                    let mut kept = numbers(len, 3);
-                    kept.iter_mut().step_by(5).for_each(|x| *x = 0.0);
+                    let mut drawn = numbers(len, 3);
+                    drawn.iter_mut().step_by(5).for_each(|x| *x = 0.0);
                     let (mut totals, mut up, mut down) =
                         (vec![0.1; len], vec![1; len], vec![2; len]);
-                    (loops.vote)(&kept, &mut totals, &mut up, &mut down);
+                    (loops.vote)(&drawn, &mut totals, &mut up, &mut down);
                     let (mut plus, mut minus) = (numbers(len, 4), numbers(len, 5));
-                    (loops.add_by_sign)(&kept, 0.3, &mut plus, &mut minus);
-                    (loops.keep_random)(&mut kept, [5, 6], u32::MAX - 9, 3 << 30);
-                    let random = kept.clone();
-                    let counts = (loops.count)(&kept, [2f32, 5.0].map(f32::to_bits));
-                    (loops.keep_largest)(&mut kept, 2f32.to_bits());
-                    let above = |least: f32| kept.iter().filter(|x| x.abs() >= least).count();
+                    (loops.add_by_sign)(&drawn, 0.3, &mut plus, &mut minus);
+                    let (mut random, mut kept) = (vec![9.0; len], vec![9.0; len]);
+                    (loops.keep_random)(&drawn, [5, 6], u32::MAX - 9, 3 << 30, &mut random);
+                    let counts = (loops.count)(&random, [2f32, 5.0].map(f32::to_bits));
+                    (loops.keep_largest)(&random, 2f32.to_bits(), &mut kept);
+                    let above = |least: f32| random.iter().filter(|x| x.abs() >= least).count();
                     assert_eq!(counts, [2.0, 5.0].map(above));
                     let mut found = vec![];
                     (loops.collect)(&random, 1, 4f32.to_bits(), &mut found);
                     let inside = |x: &&f32| **x != 0.0 && x.abs() < 4.0;
                     assert_eq!(found.len(), random.iter().filter(inside).count());
-                    (kept, random, plus, minus, totals, up, down)
+                    let elected = [false, true].map(|by_number| {
+                        let mut sums = plus.clone();
+                        (loops.elect)(&mut sums, &minus, &totals, [&up, &down], by_number);
+                        sums
+                    });
+                    (kept, random, plus, minus, totals, up, down, elected)
                 };
                 assert_eq!(all(kernel.sparse), all(available()[0].sparse), "{}", kernel.name);
             }

@@ -20,7 +20,6 @@ use crate::{
     blocks::{Options, Plan},
     error::{Error, Result},
     joint::{Joint, Reader, Share, each_on_threads, joint_modules},
-    kernels::widest,
     layout::Factor,
     merge::cat::{create, put},
     terms::Terms,
@@ -48,6 +47,11 @@ pub enum Rule {
 }
 
 impl Rule {
+    /// Whether the largest numbers stay.
+    fn prunes(self) -> bool {
+        matches!(self, Self::MagnitudePrune | Self::Ties)
+    }
+
     fn name(self) -> &'static str {
         match self {
             Self::Linear => "linear",
@@ -104,6 +108,13 @@ impl Sparsity {
 const LONGEST: usize = 8192;
 const SUMMED: usize = 256 << 10;
 
+/// What the sums of a whole factor may take, in bytes, for it to be read but once where its largest
+/// numbers are looked for first: so they stay in the L3 cache.
+const AT_ONCE: usize = 2 << 20;
+
+/// The holders that are read before they are summed.
+const TOGETHER: usize = 8;
+
 /// Sums of thinned out factors.
 pub struct Sparse<'a> {
     terms: &'a Terms<'a>,
@@ -137,17 +148,18 @@ impl<'a> Sparse<'a> {
         let joints = joint_modules(&terms.adapters)?;
         joints.iter().try_for_each(|joint| equal_ranks(terms, joint))?;
         let masks = Masks::hashed(&terms.adapters, &sparsity);
-        let prunes = matches!(sparsity.rule, Rule::MagnitudePrune | Rule::Ties);
-        let columns = columns(terms.targets(), 1);
+        let (targets, rule) = (terms.targets(), sparsity.rule);
         let need = |joint: &Joint| {
-            let rank = joint.module.rank * joint.module.experts;
-            let whole = rank * joint.columns().max(joint.outer);
-            let longest = if joint.module.experts == 1 { rank } else { rank.max(joint.columns()) };
-            let step = columns.max(longest).min(whole);
-            let read = if prunes { whole } else { step };
-            let bytes = if options.io == Io::Read { read * widest_type(terms, joint) } else { 0 };
-            let search = if prunes { Search::need_here(whole) } else { 0 };
-            bytes + 4 * read + search + step * (Sums::need(terms.targets()) + 8)
+            let of = |factor| {
+                let (count, step) = (count(joint, factor), step(joint, factor, targets, rule));
+                let rows = step * TOGETHER.min(joint.holders.len());
+                let read = if rule.prunes() { count } else { step };
+                let bytes =
+                    if options.io == Io::Read { read * widest_type(terms, joint) } else { 0 };
+                let search = if rule.prunes() { Search::need_here(count) } else { 0 };
+                bytes + 4 * read.max(rows) + search + step * (Sums::need(targets) + 4)
+            };
+            of(Factor::A).max(of(Factor::B))
         };
         let need = joints.iter().map(need).max().unwrap_or(0);
         let plan = Plan::of_modules(&terms.adapters, &joints, |_| [1, 1], need, &options)?;
@@ -207,12 +219,18 @@ impl<'a> Sparse<'a> {
 
     /// The bytes that one factor of one module takes to read.
     fn reads(&self, unit: usize) -> u64 {
-        let scheme = self.scheme(unit);
+        let (joint, factor, scheme) = (&self.joints[unit / 2], factor(unit), self.scheme(unit));
+        let again = self.step(joint, factor) < count(joint, factor);
         let size = |(holder, share): (usize, &Share)| {
-            let passes = u64::from(scheme.uses(holder)) + u64::from(scheme.cuts(holder));
-            passes * size(self.terms, share, factor(unit))
+            let passes = u64::from(scheme.uses(holder)) + u64::from(again && scheme.cuts(holder));
+            passes * size(self.terms, share, factor)
         };
-        self.joints[unit / 2].holders.iter().enumerate().map(size).sum()
+        joint.holders.iter().enumerate().map(size).sum()
+    }
+
+    /// The numbers of a factor that are summed at a time; all, where it is to be read once.
+    fn step(&self, joint: &Joint, factor: Factor) -> usize {
+        step(joint, factor, self.terms.targets(), self.sparsity.rule)
     }
 
     /// One factor of one module: `done` takes for each target and its rank here what begins at
@@ -224,47 +242,45 @@ impl<'a> Sparse<'a> {
         reader: &Reader<'_>,
         done: impl Fn((usize, usize), usize, &[f32]) -> Result<()>,
     ) -> Result<()> {
-        let (joint, factor, kernel) = (&self.joints[unit / 2], factor(unit), widest());
+        let (joint, factor) = (&self.joints[unit / 2], factor(unit));
         let Worker { bytes, numbers, search, sums, padded } = worker;
         let scheme = self.scheme(unit);
-        let rank = joint.module.rank;
-        let count: usize = joint.shape(factor, rank).iter().product();
+        let (rank, experts) = (joint.module.rank, joint.module.experts);
+        let (count, step) = (count(joint, factor), self.step(joint, factor));
         let kept = self.sparsity.kept(count);
-        let mut cuts = Vec::with_capacity(joint.holders.len());
-        for (holder, share) in joint.holders.iter().enumerate() {
-            cuts.push(if scheme.cuts(holder) {
-                numbers.resize(count.max(numbers.len()), 0.0);
-                reader.read(*share, factor, 0..count, bytes, numbers)?;
-                search.cut_here(kernel, kept, &numbers[..count])?
-            } else {
-                Cut::NONE
-            });
+        let used: Vec<usize> =
+            (0..joint.holders.len()).filter(|&holder| scheme.uses(holder)).collect();
+        let mut cuts = vec![Cut::NONE; joint.holders.len()];
+        if step < count {
+            numbers.resize(count.max(numbers.len()), 0.0);
+            let numbers = &mut numbers[..count];
+            for &holder in used.iter().filter(|&&holder| scheme.cuts(holder)) {
+                reader.read(joint.holders[holder], factor, 0..count, bytes, numbers)?;
+                cuts[holder] = search.cut_here(kept, numbers)?;
+            }
         }
-        let targets = self.terms.targets();
-        let ranks = &self.ranks;
-        let experts = joint.module.experts;
-        // Of B whole rows, and of A none of two experts: those may be apart in what is written.
-        let step = match factor {
-            Factor::A if experts > 1 => joint.columns(),
-            Factor::A => columns(targets, 1),
-            Factor::B => columns(targets, rank * experts),
-        };
+        let (targets, ranks, rule) = (self.terms.targets(), &self.ranks, self.sparsity.rule);
         for start in (0..count).step_by(step.max(1)) {
             let range = start..count.min(start + step);
             sums.clear(&scheme, range.len());
-            numbers.resize(range.len().max(numbers.len()), 0.0);
-            let numbers = &mut numbers[..range.len()];
-            for (holder, share) in joint.holders.iter().enumerate() {
-                if !scheme.uses(holder) {
-                    continue;
+            for holders in used.chunks(TOGETHER) {
+                numbers.resize((holders.len() * range.len()).max(numbers.len()), 0.0);
+                let numbers = &mut numbers[..holders.len() * range.len()];
+                for (&holder, row) in holders.iter().zip(numbers.chunks_mut(range.len())) {
+                    reader.read(joint.holders[holder], factor, range.clone(), bytes, row)?;
+                    if step == count && scheme.cuts(holder) {
+                        cuts[holder] = search.cut_here(kept, row)?;
+                    }
                 }
-                reader.read(*share, factor, range.clone(), bytes, numbers)?;
-                sums.add(&scheme, holder, numbers, |numbers| match self.sparsity.rule {
-                    Rule::Linear => {}
-                    Rule::MagnitudePrune | Rule::Ties => cuts[holder].apply(kernel, start, numbers),
+                sums.add(&scheme, holders, numbers, |holder, at, row, kept| match rule {
+                    Rule::Linear => kept.copy_from_slice(row),
+                    Rule::MagnitudePrune | Rule::Ties => {
+                        cuts[holder].apply(start + at, row, kept);
+                    }
                     Rule::DareLinear | Rule::DareTies => {
-                        let (name, who) = (&joint.module.name, share.adapter);
-                        self.masks.apply(kernel, name, Some(factor), who, start, numbers);
+                        let (name, who) = (&joint.module.name, joint.holders[holder].adapter);
+                        let start = start + at;
+                        self.masks.apply(name, Some(factor), who, start, row, kept);
                     }
                 });
             }
@@ -305,10 +321,26 @@ fn factor(unit: usize) -> Factor {
     if unit.is_multiple_of(2) { Factor::A } else { Factor::B }
 }
 
-/// The columns that are summed at a time, whole rows of `row`.
-fn columns(targets: usize, row: usize) -> usize {
-    let fits = (SUMMED / Sums::need(targets)).clamp(256, LONGEST);
-    (fits / row).max(1) * row
+/// The numbers of a factor.
+fn count(joint: &Joint, factor: Factor) -> usize {
+    joint.shape(factor, joint.module.rank).iter().product()
+}
+
+/// So many of them are summed at a time: of B whole rows, and of A none of two experts, because those
+/// may be apart in what is written.
+fn step(joint: &Joint, factor: Factor, targets: usize, rule: Rule) -> usize {
+    let (count, experts) = (count(joint, factor), joint.module.experts);
+    let row = match factor {
+        Factor::A if experts > 1 => return joint.columns().min(count),
+        Factor::A => 1,
+        Factor::B => joint.module.rank * experts,
+    };
+    let need = Sums::need(targets);
+    if rule.prunes() && count * need <= AT_ONCE {
+        return count;
+    }
+    let fits = (SUMMED / need).clamp(256, LONGEST);
+    ((fits / row).max(1) * row).min(count)
 }
 
 /// # Errors

@@ -1,6 +1,6 @@
 //! Which numbers are the largest by magnitude, exactly.
 
-use crate::{error::Result, kernels::Kernel};
+use crate::{error::Result, kernels::widest};
 
 /// What separates the numbers that are kept from the others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -118,7 +118,7 @@ impl Search {
 
     /// The same for numbers that are all at hand: their magnitudes are counted above a guess, which
     /// takes much less than to sort them into a table. A sample gives the first guesses.
-    pub(super) fn cut_here(&mut self, kernel: Kernel, kept: usize, numbers: &[f32]) -> Result<Cut> {
+    pub(super) fn cut_here(&mut self, kept: usize, numbers: &[f32]) -> Result<Cut> {
         let count = numbers.len();
         if count < 16 * SAMPLE || kept == 0 || kept >= count {
             return self.cut(kept, count, |visit| {
@@ -126,15 +126,17 @@ impl Search {
                 Ok(())
             });
         }
+        let sparse = widest().sparse;
         let sample = &mut self.candidates;
         sample.clear();
         sample.extend(numbers.iter().step_by(count / SAMPLE).map(|x| magnitude(*x)));
-        sample.sort_unstable_by(|a, b| b.cmp(a));
         let share = kept as f64 / count as f64;
         let middle = share * sample.len() as f64;
         let spread = 2.5 * (middle * (1.0 - share)).sqrt() + 1.0;
-        let at = |place: f64| sample[(place.max(0.0) as usize).min(sample.len() - 1)];
-        let mut guesses = [at(middle + spread), at(middle - spread)];
+        let mut guesses = [spread, -spread].map(|off| {
+            let place = ((middle + off).max(0.0) as usize).min(sample.len() - 1);
+            *sample.select_nth_unstable_by(place, |a, b| b.cmp(a)).1
+        });
         // `most` are of `low` or above, which is enough; `least` of `high`, which is too few.
         let (mut low, mut high) = (0, 1 << 31);
         let (mut most, mut least) = (count, 0);
@@ -142,7 +144,7 @@ impl Search {
             if most - least <= count / FEW {
                 break;
             }
-            let counts = (kernel.sparse.count)(numbers, guesses);
+            let counts = (sparse.count)(numbers, guesses);
             for (bits, found) in guesses.into_iter().zip(counts) {
                 if bits > low && bits < high {
                     if found >= kept {
@@ -157,12 +159,12 @@ impl Search {
             let spread = 1.3 * between.sqrt() + 1.0;
             guesses = [spread, -spread].map(|off| {
                 let part = (most as f64 - kept as f64 - off) / between;
-                low + (f64::from(high - low) * part.clamp(0.0, 1.0)) as u32
+                low + (f64::from(high - low - 1) * part.clamp(0.0, 1.0)) as u32
             });
         }
         let candidates = &mut self.candidates;
         candidates.clear();
-        (kernel.sparse.collect)(numbers, low, high, candidates);
+        (sparse.collect)(numbers, low, high, candidates);
         let mut left = kept - least;
         let (above, nth, _) = candidates.select_nth_unstable_by(left - 1, |a, b| b.cmp(a));
         let bits = *nth;
@@ -207,12 +209,14 @@ impl Cut {
     /// Everything.
     pub(super) const NONE: Self = Self { bits: 0, end: usize::MAX };
 
-    /// Only what the cut keeps of the numbers from place `start` on.
-    pub(super) fn apply(self, kernel: Kernel, start: usize, numbers: &mut [f32]) {
+    /// What the cut keeps of the numbers from place `start` on, into `kept`; zeros for the others.
+    pub(super) fn apply(self, start: usize, numbers: &[f32], kept: &mut [f32]) {
+        let sparse = widest().sparse;
         let tied = self.end.saturating_sub(start).min(numbers.len());
-        let (with, without) = numbers.split_at_mut(tied);
-        (kernel.sparse.keep_largest)(with, self.bits);
-        (kernel.sparse.keep_largest)(without, self.bits.saturating_add(1));
+        let (with, without) = numbers.split_at(tied);
+        let (kept_with, kept_without) = kept.split_at_mut(tied);
+        (sparse.keep_largest)(with, self.bits, kept_with);
+        (sparse.keep_largest)(without, self.bits.saturating_add(1), kept_without);
     }
 }
 
@@ -224,7 +228,6 @@ fn magnitude(x: f32) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::widest;
     use proptest::prelude::*;
 
     fn check(numbers: &[f32], kept: usize) {
@@ -238,12 +241,12 @@ mod tests {
                 Ok(())
             })
             .unwrap();
-        let mut got = numbers.to_vec();
-        for (i, part) in got.chunks_mut(5).enumerate() {
-            cut.apply(widest(), 5 * i, part);
+        let mut got = vec![9.0; numbers.len()];
+        for (i, (part, got)) in numbers.chunks(5).zip(got.chunks_mut(5)).enumerate() {
+            cut.apply(5 * i, part, got);
         }
         assert_eq!(got, expected, "{kept}: {cut:?}");
-        assert_eq!(Search::default().cut_here(widest(), kept, numbers).unwrap(), cut);
+        assert_eq!(Search::default().cut_here(kept, numbers).unwrap(), cut);
     }
 
     proptest! {

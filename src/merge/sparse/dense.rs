@@ -16,7 +16,6 @@ use crate::{
     error::{Error, Result},
     experts::each_expert,
     joint::{Joint, Reader, Share, each_on_threads, joint_modules},
-    kernels::widest,
     layout::Factor,
     merge::cat::{create, put_columns},
     terms::Terms,
@@ -177,7 +176,6 @@ impl<'a> Dense<'a> {
         reader: &Reader<'_>,
     ) -> Result<Vec<Vec<f32>>> {
         let Worker { bytes, a, b, delta, search, sums } = worker;
-        let kernel = widest();
         let scheme = self.scheme(joint);
         let (rows, columns, together) = (joint.outer, joint.columns(), rows_at_a_time(joint));
         let (count, kept) = (rows * columns, self.sparsity.kept(rows * columns));
@@ -228,12 +226,15 @@ impl<'a> Dense<'a> {
                 reader.read(*share, Factor::A, 0..rank * columns, bytes, a)?;
                 reader.read(*share, Factor::B, range.clone(), bytes, b)?;
                 product(share, a, &b[..range.len()], delta);
-                sums.add(&scheme, holder, delta, |delta| match self.sparsity.rule {
-                    Rule::Linear => {}
-                    Rule::MagnitudePrune | Rule::Ties => cuts[holder].apply(kernel, start, delta),
+                let rule = self.sparsity.rule;
+                sums.add(&scheme, &[holder], delta, |_, at, delta, kept| match rule {
+                    Rule::Linear => kept.copy_from_slice(delta),
+                    Rule::MagnitudePrune | Rule::Ties => {
+                        cuts[holder].apply(start + at, delta, kept);
+                    }
                     Rule::DareLinear | Rule::DareTies => {
                         let (name, who) = (&joint.module.name, share.adapter);
-                        self.masks.apply(kernel, name, None, who, start, delta);
+                        self.masks.apply(name, None, who, start + at, delta, kept);
                     }
                 });
             }

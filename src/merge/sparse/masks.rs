@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use super::Sparsity;
-use crate::{adapter::Adapter, kernels::Kernel, layout::Factor};
+use crate::{adapter::Adapter, kernels::widest, layout::Factor};
 
 /// Who decides which numbers stay.
 pub(super) enum Masks {
@@ -37,39 +37,41 @@ impl Masks {
         Self::Hashed { seed: sparsity.seed, names, density: sparsity.density }
     }
 
-    /// Of the numbers from place `start` on, only those that stay; not rescaled.
+    /// Of the numbers from place `start` on those that stay, into `kept`, not rescaled; zeros for the
+    /// others.
     pub(super) fn apply(
         &self,
-        kernel: Kernel,
         module: &str,
         factor: Option<Factor>,
         adapter: usize,
         start: usize,
-        numbers: &mut [f32],
+        numbers: &[f32],
+        kept: &mut [f32],
     ) {
         match self {
-            Self::Hashed { density: 1.0, .. } => {}
+            Self::Hashed { density: 1.0, .. } => kept.copy_from_slice(numbers),
             Self::Hashed { seed, names, density } => {
                 let factor = factor.map_or(2, |factor| factor as u64);
                 let mut key = mixed(seed ^ mixed(names[adapter]));
                 key = mixed(hashed(key, module.as_bytes()) ^ factor);
                 let limit = (density * 2f64.powi(32)) as u32;
-                let (mut start, mut numbers) = (start as u64, numbers);
+                let (mut start, mut numbers, mut kept) = (start as u64, numbers, kept);
                 while !numbers.is_empty() {
                     // Places are hashed in 32 bits, with another key for each 2³² of them.
                     let length = ((1 << 32) - (start & 0xffff_ffff)).min(numbers.len() as u64);
-                    let (part, rest) = numbers.split_at_mut(length as usize);
+                    let (part, rest) = numbers.split_at(length as usize);
+                    let (part_kept, rest_kept) = kept.split_at_mut(length as usize);
                     let own = mixed(key ^ (start >> 32));
                     let own = [own as u32, (own >> 32) as u32];
-                    (kernel.sparse.keep_random)(part, own, start as u32, limit);
-                    (start, numbers) = (start + length, rest);
+                    (widest().sparse.keep_random)(part, own, start as u32, limit, part_kept);
+                    (start, numbers, kept) = (start + length, rest, rest_kept);
                 }
             }
             #[cfg(test)]
             Self::Given(given) => {
                 let mask = given(module, factor, adapter);
-                for (x, stays) in numbers.iter_mut().zip(&mask[start..]) {
-                    *x *= f32::from(*stays);
+                for ((x, kept), stays) in numbers.iter().zip(kept).zip(&mask[start..]) {
+                    *kept = x * f32::from(*stays);
                 }
             }
         }
@@ -102,12 +104,11 @@ pub(super) fn mixed(x: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::widest;
 
     fn kept(masks: &Masks, module: &str, adapter: usize, start: usize, len: usize) -> Vec<f32> {
-        let mut numbers = vec![1.0; len];
-        masks.apply(widest(), module, Some(Factor::A), adapter, start, &mut numbers);
-        numbers
+        let mut kept = vec![9.0; len];
+        masks.apply(module, Some(Factor::A), adapter, start, &vec![1.0; len], &mut kept);
+        kept
     }
 
     #[test]

@@ -4,6 +4,10 @@
 use super::{Majority, Rule, Sparsity};
 use crate::{Dtype, joint::Joint, kernels::widest, terms::Terms};
 
+/// So many columns are summed at a time: their sums should stay in the L1 cache while a few holders
+/// go by.
+const STRIP: usize = 512;
+
 /// What the targets take of a module's holders.
 pub(super) struct Scheme {
     rule: Rule,
@@ -82,8 +86,13 @@ impl Scheme {
     }
 
     fn thins(&self, holder: usize) -> bool {
-        let mut targets = self.weights[holder].iter().zip(&self.ways);
-        targets.any(|(weight, way)| weight.is_some() && *way != Way::Whole)
+        self.used(holder).any(|(_, _, way)| way != Way::Whole)
+    }
+
+    /// The targets that use a holder, by which weight and in which way.
+    fn used(&self, holder: usize) -> impl Iterator<Item = (usize, f32, Way)> {
+        let targets = self.weights[holder].iter().zip(&self.ways).enumerate();
+        targets.filter_map(|(target, (weight, way))| weight.map(|weight| (target, weight, *way)))
     }
 
     /// Whether a target has anything of the module.
@@ -126,46 +135,54 @@ impl Sums {
         zeros(&mut self.downs, scheme.elections * columns);
     }
 
-    /// Add a holder's numbers, which `thin` thins out.
+    /// Add a row of numbers for each of `holders`. `thin` writes what is left of a holder's numbers
+    /// from some column on.
     pub(super) fn add(
         &mut self,
         scheme: &Scheme,
-        holder: usize,
-        numbers: &mut [f32],
-        thin: impl FnOnce(&mut [f32]),
+        holders: &[usize],
+        numbers: &[f32],
+        thin: impl Fn(usize, usize, &[f32], &mut [f32]),
     ) {
-        let kernel = widest();
-        let columns = self.columns;
-        let row = |index: usize| index * columns..(index + 1) * columns;
-        let weights = &scheme.weights[holder];
-        let used = || {
-            let used = weights.iter().zip(&scheme.ways).enumerate();
-            used.filter_map(|(target, (weight, way))| weight.map(|w| (target, w, *way)))
-        };
-        let add = |sums: &mut [f32], numbers: &[f32], weight: f32| {
-            let rows = [bytemuck::cast_slice(numbers)];
-            (kernel.add_products)(sums, columns, Dtype::F32, &rows, &[weight], false);
-        };
-        for (target, weight, _) in used().filter(|(_, _, way)| *way == Way::Whole) {
-            add(&mut self.up[row(target)], numbers, weight);
+        let mut thinned = [0.0; STRIP];
+        for start in (0..self.columns).step_by(STRIP) {
+            let end = self.columns.min(start + STRIP);
+            for (&holder, row) in holders.iter().zip(numbers.chunks(self.columns)) {
+                let strip = &row[start..end];
+                for (target, weight, way) in scheme.used(holder) {
+                    if way == Way::Whole {
+                        add(&mut self.up[target * self.columns..][start..end], strip, weight);
+                    }
+                }
+                if scheme.thins(holder) {
+                    let thinned = &mut thinned[..strip.len()];
+                    thin(holder, start, strip, thinned);
+                    self.add_thinned(scheme, holder, thinned, start);
+                }
+            }
         }
-        if !scheme.thins(holder) {
-            return;
-        }
-        thin(numbers);
+    }
+
+    /// Add what is left of a holder's numbers from column `start` on.
+    fn add_thinned(&mut self, scheme: &Scheme, holder: usize, numbers: &[f32], start: usize) {
+        let sparse = widest().sparse;
+        let strip = |index: usize| {
+            let start = index * self.columns + start;
+            start..start + numbers.len()
+        };
         let mut voted = 0; // elections are numbered in the order of their first targets
-        for (target, weight, way) in used() {
+        for (target, weight, way) in scheme.used(holder) {
             match way {
                 Way::Whole => {}
-                Way::Thinned => add(&mut self.up[row(target)], numbers, weight),
+                Way::Thinned => add(&mut self.up[strip(target)], numbers, weight),
                 Way::Elected(election) => {
-                    let (up, down) = (&mut self.up[row(target)], &mut self.down[row(target)]);
-                    (kernel.sparse.add_by_sign)(numbers, weight, up, down);
+                    let (up, down) = (&mut self.up[strip(target)], &mut self.down[strip(target)]);
+                    (sparse.add_by_sign)(numbers, weight, up, down);
                     if election >= voted {
-                        let (ups, downs) =
-                            (&mut self.ups[row(election)], &mut self.downs[row(election)]);
-                        let totals = &mut self.totals[row(election)];
-                        (kernel.sparse.vote)(numbers, totals, ups, downs);
+                        let strip = strip(election);
+                        let totals = &mut self.totals[strip.clone()];
+                        let (ups, downs) = (&mut self.ups[strip.clone()], &mut self.downs[strip]);
+                        (sparse.vote)(numbers, totals, ups, downs);
                         voted = election + 1;
                     }
                 }
@@ -179,15 +196,10 @@ impl Sums {
         let sums = &mut self.up[row(target)];
         let way = scheme.ways[target];
         if let Way::Elected(election) = way {
-            let down = &self.down[row(target)];
-            let (ups, downs) = (&self.ups[row(election)], &self.downs[row(election)]);
-            let totals = &self.totals[row(election)];
+            let numbers = [&self.ups, &self.downs].map(|numbers| &numbers[row(election)]);
+            let (down, totals) = (&self.down[row(target)], &self.totals[row(election)]);
             let by_number = scheme.majority == Majority::Frequency;
-            for (j, sum) in sums.iter_mut().enumerate() {
-                let positive = if by_number { ups[j] >= downs[j] } else { totals[j] >= 0.0 };
-                let (agreed, count) = if positive { (*sum, ups[j]) } else { (down[j], downs[j]) };
-                *sum = agreed / f32::from(count.max(1));
-            }
+            (widest().sparse.elect)(sums, down, totals, numbers, by_number);
         }
         if way != Way::Whole && matches!(scheme.rule, Rule::DareLinear | Rule::DareTies) {
             // What random pruning left stands for all of it. (A sign is elected as well before.)
@@ -196,4 +208,10 @@ impl Sums {
         }
         sums
     }
+}
+
+/// Add `weight` times `numbers` to `sums`.
+fn add(sums: &mut [f32], numbers: &[f32], weight: f32) {
+    let rows = [bytemuck::cast_slice(numbers)];
+    (widest().add_products)(sums, sums.len(), Dtype::F32, &rows, &[weight], false);
 }
