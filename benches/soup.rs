@@ -103,7 +103,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let elements: f64 = adapters.iter().map(|a| numbers(a) as f64).sum();
     let work = 2.0 * arguments.targets as f64 * elements;
     let mut best = [f64::INFINITY; 7];
-    for _ in 0..if cold { 3 } else { ROUNDS } {
+    for _ in 0..ROUNDS {
         let round = [
             timed(cold, || each(&paths, threads, add_file))?,
             timed(cold, || each(&paths, threads, read_file))?,

@@ -8,7 +8,7 @@
 use std::{arch::x86_64::*, ops::Range};
 
 use super::{LANES, scalar};
-use crate::{Dtype, dtype::BLOCK};
+use crate::{Dtype, blocks::LINE, dtype::BLOCK};
 
 /// The targets of a tile: with two vectors of columns their sums take 12 of the 16 registers of AVX2,
 /// with four 24 of the 32 of AVX-512. That is what hides the latency of a multiplication.
@@ -60,6 +60,17 @@ macro_rules! add_products {
                             let sums = sums.as_mut_ptr().add(k * stride + at);
                             let targets = weights.len() / rows.len();
                             let weights = weights.as_ptr().add(k);
+                            // The sums of the next columns: those of many targets are more rows
+                            // than a processor foresees, and each store would wait for its line.
+                            if T > 2 {
+                                for t in 0..T {
+                                    for line in (0..W * $lanes).step_by(LINE) {
+                                        let next = t * stride + W * $lanes + line;
+                                        let next = sums.wrapping_add(next).cast();
+                                        _mm_prefetch::<_MM_HINT_ET0>(next);
+                                    }
+                                }
+                            }
                             let mut tile = [[$zero(); W]; T];
                             if !begin {
                                 for t in 0..T {
