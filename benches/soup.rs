@@ -28,7 +28,6 @@ use std::{
     hint::black_box,
     io::{Read, Write},
     path::{Path, PathBuf},
-    process::Command,
     sync::atomic::{AtomicUsize, Ordering::Relaxed},
     time::Instant,
 };
@@ -97,7 +96,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let size = numbers(&adapters[0]) * 4;
     let written = (size * outputs.len()) as f64 / 1e9;
-    let cold = arguments.cold;
+    let cold = if arguments.cold { &paths[..] } else { &[] };
     let sum = |outputs: &[PathBuf]| soup.write(outputs, Dtype::F32, &Watch::default());
     let many = arguments.targets > 1;
     let elements: f64 = adapters.iter().map(|a| numbers(a) as f64).sum();
@@ -133,8 +132,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     line("plain read, copied and not added", copy, gigabytes);
     line("plain write to memory", put, written);
     line("plain write to the disk, flushed", disk_put, written);
-    let mut limit = if cold { copy } else { add };
-    let mut name = if cold { "plain cold read" } else { "mapped read" };
+    let mut limit = if arguments.cold { copy } else { add };
+    let mut name = if arguments.cold { "plain cold read" } else { "mapped read" };
     if many {
         let rate = work / multiply / 1e9;
         println!("{:34} {multiply:6.3} s  {rate:6.0} GFLOP/s", "plain multiplication");
@@ -190,16 +189,12 @@ fn arguments() -> Result<Arguments, Box<dyn Error>> {
     if found.bank.is_dir() { Ok(found) } else { Err("usage: soup BANK [--targets K] …".into()) }
 }
 
-/// Seconds of one run; cold: with an empty page cache.
+/// Seconds of one run, with nothing of `cold` files in the page cache.
 fn timed<T, E: Into<Box<dyn Error>>>(
-    cold: bool,
+    cold: &[PathBuf],
     work: impl FnOnce() -> Result<T, E>,
 ) -> Result<f64, Box<dyn Error>> {
-    if cold {
-        Command::new("sync").status()?;
-        std::fs::write("/proc/sys/vm/drop_caches", "3")
-            .map_err(|error| format!("--cold needs the right to drop the page cache: {error}"))?;
-    }
+    cold.iter().try_for_each(|path| drop_from_cache(path))?;
     let start = Instant::now();
     black_box(work().map_err(Into::into)?);
     Ok(start.elapsed().as_secs_f64())
