@@ -68,7 +68,7 @@ impl<'a> Dense<'a> {
         let joints = joint_modules(&terms.adapters)?;
         let most = joints.iter().map(|joint| joint.columns().min(joint.outer)).max();
         let rank = rank.min(most.unwrap_or(rank)).max(1);
-        let prunes = matches!(sparsity.rule, Rule::MagnitudePrune | Rule::Ties);
+        let prunes = sparsity.rule.prunes();
         let targets = terms.targets();
         let need = |joint: &Joint| {
             let (rows, columns) = (joint.outer, joint.columns());

@@ -80,9 +80,7 @@ impl Scheme {
 
     /// Whether any target needs a holder's largest numbers.
     pub(super) fn cuts(&self, holder: usize) -> bool {
-        matches!(self.rule, Rule::MagnitudePrune | Rule::Ties)
-            && self.density < 1.0
-            && self.thins(holder)
+        self.rule.prunes() && self.density < 1.0 && self.thins(holder)
     }
 
     fn thins(&self, holder: usize) -> bool {

@@ -181,7 +181,7 @@ fn factors_equal_those_of_peft() {
 /// Where it is not said which of equal magnitudes is kept: `torch.topk` takes any, ours the first.
 /// Only 16-bit members have such.
 fn free_ties(adapters: &[Adapter], name: &str, sparsity: Sparsity, folder: &Path) -> Vec<usize> {
-    if !matches!(sparsity.rule, Rule::MagnitudePrune | Rule::Ties) {
+    if !sparsity.rule.prunes() {
         return vec![];
     }
     let of = |adapter: &Adapter| {
