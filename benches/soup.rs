@@ -2,7 +2,7 @@
 //!
 //! ```sh
 //! python benches/bank.py /tmp/bank --members 64
-//! cargo bench --bench soup -- /tmp/bank [--targets 32] [--io mmap] [--cold | --written] [--threads 2]
+//! cargo bench --bench soup -- /tmp/bank [--targets 32] [--dtype float16] [--io mmap] [--cold | --written]
 //! ```
 //!
 //! The limit is reading alone: the mapped files, their numbers added up; of many targets a
@@ -45,6 +45,7 @@ struct Arguments {
     bank: PathBuf,
     out: PathBuf,
     targets: usize,
+    dtype: Dtype,
     io: Io,
     cold: bool,
     written: bool,
@@ -89,15 +90,15 @@ fn main() -> Result<(), Box<dyn Error>> {
         each(&paths, threads, |path| drop_from_cache(path).and_then(|()| read_file(path)))?;
     }
     let watch = Watch::default();
-    soup.write(&outputs, Dtype::F32, &watch)?;
+    soup.write(&outputs, arguments.dtype, &watch)?;
     assert_eq!(watch.done(), plan.bytes, "each byte is read once");
     check(&adapters, &coefficients, &outputs)?;
     println!("checked against float64; bank read once: {:.2} GB", watch.done() as f64 / 1e9);
 
-    let size = numbers(&adapters[0]) * 4;
+    let size = std::fs::metadata(&outputs[0])?.len() as usize;
     let written = (size * outputs.len()) as f64 / 1e9;
     let cold = if arguments.cold { &paths[..] } else { &[] };
-    let sum = |outputs: &[PathBuf]| soup.write(outputs, Dtype::F32, &Watch::default());
+    let sum = |outputs: &[PathBuf]| soup.write(outputs, arguments.dtype, &Watch::default());
     let many = arguments.targets > 1;
     let elements: f64 = adapters.iter().map(|a| numbers(a) as f64).sum();
     let work = 2.0 * arguments.targets as f64 * elements;
@@ -166,6 +167,7 @@ fn arguments() -> Result<Arguments, Box<dyn Error>> {
         bank: PathBuf::new(),
         out: if memory.is_dir() { memory } else { std::env::temp_dir() },
         targets: 1,
+        dtype: Dtype::F32,
         io: Io::Read,
         cold: false,
         written: false,
@@ -177,6 +179,7 @@ fn arguments() -> Result<Arguments, Box<dyn Error>> {
         let mut next = || words.next().ok_or(format!("{word} needs a value"));
         match &word[..] {
             "--targets" => found.targets = next()?.parse()?,
+            "--dtype" => found.dtype = Dtype::from_name(&next()?).ok_or("float32, float16 …")?,
             "--threads" => found.threads = next()?.parse()?,
             "--memory" => found.memory = next()?.parse()?,
             "--io" => found.io = if next()? == "mmap" { Io::Mmap } else { Io::Read },
@@ -340,7 +343,12 @@ fn check(
             let norm = sums.iter().map(|x| x * x).sum::<f64>().sqrt();
             let error =
                 sums.iter().zip(&got).map(|(x, &y)| (x - f64::from(y)).powi(2)).sum::<f64>();
-            assert!(error.sqrt() <= 1e-6 * norm, "{name}: {} of {norm}", error.sqrt());
+            let rounding = match output.layout.tensors[0].dtype {
+                Dtype::F16 => 1e-3,
+                Dtype::BF16 => 1e-2,
+                _ => 1e-6,
+            };
+            assert!(error.sqrt() <= rounding * norm, "{name}: {} of {norm}", error.sqrt());
         }
     }
     Ok(())

@@ -10,6 +10,7 @@ use crate::{
     joint::{Joint, Share},
     source::{HUGE, Io},
     tensor::Tensor,
+    writer::NARROWED,
 };
 
 /// How a job is to be run.
@@ -138,10 +139,10 @@ impl Plan {
         let widest = held().map(|holder| bank.tensor(*holder).width()).max().unwrap_or(4);
         let total: usize = bank.slots.iter().map(|slot| slot.len()).sum();
         // Of each thread, in bytes: per element of a run the rows of a group; per element of what
-        // is written together the sums, and a target's sums once more in the output's type.
-        let (row, sum) = (group * widest, targets * 4 + 4);
+        // is written together the sums.
+        let (row, sum) = (group * widest, targets * 4);
         let extra = held().map(|holder| bank.tensor(*holder).extra()).max().unwrap_or(0);
-        let fixed = group * (STRIP * 4 + 128) + targets * 2 * LINE * 4 + extra;
+        let fixed = group * (STRIP * 4 + 128) + targets * 2 * LINE * 4 + NARROWED * 2 + extra;
         let share = options.memory / threads;
         // Of mapped files also what is mapped before and behind a run; by less of it, in a small budget.
         let mapped = if io == Io::Mmap { (group * HUGE).min(share / 2) } else { 0 };

@@ -5,6 +5,7 @@
 //! its rows in order.
 #![expect(unsafe_code, reason = "calling code compiled for a feature that was just detected")]
 
+mod convert;
 mod scalar;
 mod sparse;
 #[cfg(target_arch = "x86_64")]
@@ -31,6 +32,10 @@ pub type AddProducts = fn(
 /// The numbers of little-endian `bytes` as float32; float64 is rounded to nearest.
 pub type Widen = fn(dtype: Dtype, bytes: &[u8], numbers: &mut [f32]);
 
+/// `numbers` as little-endian bytes of a type that files are written in, rounded to nearest; whole
+/// blocks of `Q8_0`. Answers whether all of them are finite in it.
+pub(crate) type Narrow = fn(dtype: Dtype, numbers: &[f32], bytes: &mut [u8]) -> bool;
+
 /// `sums[i · n + j] += ⟨rows[i], rows[j]⟩` over `columns` for j ≤ i, of n rows of `stride` numbers;
 /// what stands above the diagonal is not to be used. n is a multiple of [`SIDE`], the number of
 /// columns one of [`LANES`]. Products are summed in float32, each lane of columns in their order,
@@ -54,6 +59,8 @@ pub struct Kernel {
     pub(crate) add_gram: AddGram,
     /// Conversion on reading.
     pub widen: Widen,
+    /// Conversion on writing.
+    pub(crate) narrow: Narrow,
     /// Whether all numbers are finite.
     pub(crate) finite: fn(numbers: &[f32]) -> bool,
     /// Loops of the sparse methods.
@@ -89,7 +96,8 @@ macro_rules! kernel {
                     $add_products(sums, stride, dtype, rows, weights, begin)
                 },
                 add_gram: |sums, rows, stride, columns| $add_gram(sums, rows, stride, columns),
-                widen: |dtype, bytes, numbers| scalar::widen(dtype, bytes, numbers),
+                widen: |dtype, bytes, numbers| convert::widen(dtype, bytes, numbers),
+                narrow: |dtype, numbers, bytes| convert::narrow(dtype, numbers, bytes),
                 finite: |numbers| scalar::finite(numbers),
                 sparse: Sparse {
                     keep_largest: |numbers, bits, kept| sparse::keep_largest(numbers, bits, kept),
@@ -155,7 +163,7 @@ pub fn widest() -> Kernel {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::dtype::BLOCK;
+    use crate::{dtype::BLOCK, testing::narrowed};
     use proptest::prelude::*;
 
     const DTYPES: [Dtype; 4] = [Dtype::F32, Dtype::F16, Dtype::BF16, Dtype::Q8_0];
@@ -184,9 +192,9 @@ mod tests {
 
     /// Numbers as bytes of `dtype` that begin at an odd place, and what they then are.
     fn rounded(dtype: Dtype, numbers: &[f32]) -> (Vec<u8>, Vec<f32>) {
-        let (bytes, _) = crate::writer::narrow(dtype, numbers);
+        let bytes = narrowed(dtype, numbers);
         let mut kept = vec![0.0; numbers.len()];
-        scalar::widen(dtype, &bytes, &mut kept);
+        convert::widen(dtype, &bytes, &mut kept);
         ([&[0], &bytes[..]].concat(), kept)
     }
 
@@ -347,6 +355,85 @@ mod tests {
             check(&got, |half| half::f16::from_bits(half).to_f32());
             (kernel.widen)(Dtype::BF16, &bytes, &mut got);
             check(&got, |half| half::bf16::from_bits(half).to_f32());
+        }
+    }
+
+    #[test]
+    fn numbers_are_narrowed_as_the_half_crate_does() {
+        // Every half with what lies beside it and half way to its neighbours, and numbers of all sizes.
+        let beside = |half: u32, shift: u32| {
+            let middle = 1u32 << (shift - 1);
+            [0, 1, middle - 1, middle, middle + 1].map(|more| (half << shift) + more)
+        };
+        let halves = (0..=u16::MAX).flat_map(|half| {
+            let f16 = half::f16::from_bits(half).to_f32().to_bits() >> 13;
+            [beside(f16, 13), beside(u32::from(half), 16)].concat()
+        });
+        let all = halves.chain((0..=u32::MAX).step_by(4099));
+        let numbers: Vec<f32> = all.map(f32::from_bits).collect();
+        for kernel in available() {
+            let check = |dtype: Dtype, expected: fn(f32) -> f32| {
+                let (mut bytes, mut got) = (vec![0; 2 * numbers.len()], vec![0.0; numbers.len()]);
+                assert!(!(kernel.narrow)(dtype, &numbers, &mut bytes));
+                (kernel.widen)(dtype, &bytes, &mut got);
+                for (x, got) in numbers.iter().zip(got) {
+                    let expected = expected(*x);
+                    let same = got.to_bits() == expected.to_bits();
+                    let bits = x.to_bits();
+                    assert!(same || (got.is_nan() && x.is_nan()), "{bits:#x}: {got} {expected}");
+                }
+            };
+            check(Dtype::F16, |x| half::f16::from_f32(x).to_f32());
+            check(Dtype::BF16, |x| half::bf16::from_f32(x).to_f32());
+        }
+    }
+
+    #[test]
+    fn the_largest_finite_number_is_told_from_the_next() {
+        let cases = [
+            (Dtype::F16, 65_519.996, 65_520.0),
+            (Dtype::BF16, f32::from_bits(0x7f7f_7fff), f32::from_bits(0x7f7f_8000)),
+            (Dtype::Q8_0, 65_519.996 * 127.0, 65_520.5 * 127.0),
+            (Dtype::F32, f32::MAX, f32::INFINITY),
+        ];
+        for ((dtype, most, more), kernel) in
+            cases.into_iter().flat_map(|case| available().into_iter().map(move |k| (case, k)))
+        {
+            for at in 0..2 * BLOCK {
+                let mut numbers = [1.0; 2 * BLOCK];
+                let mut bytes = vec![0; dtype.size(numbers.len())];
+                for (number, finite) in
+                    [(most, true), (-most, true), (more, false), (-more, false), (f32::NAN, false)]
+                {
+                    numbers[at] = number;
+                    let told = (kernel.narrow)(dtype, &numbers, &mut bytes);
+                    assert_eq!(told, finite, "{} {dtype}: {number} at {at}", kernel.name);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn blocks_are_packed_to_the_nearest_step() {
+        for kernel in available() {
+            for (seed, size) in [(1, 1.0), (2, 1e-4), (3, 3e4), (4, 1e-9), (5, 0.0)] {
+                let numbers = numbers(4 * BLOCK, seed).iter().map(|x| x * size).collect::<Vec<_>>();
+                let mut bytes = vec![0; Dtype::Q8_0.size(numbers.len())];
+                assert!((kernel.narrow)(Dtype::Q8_0, &numbers, &mut bytes), "{}", kernel.name);
+                for (block, numbers) in
+                    bytes.as_chunks::<{ 2 + BLOCK }>().0.iter().zip(numbers.chunks(BLOCK))
+                {
+                    let largest = numbers.iter().fold(0f32, |largest, x| largest.max(x.abs()));
+                    let step = largest / 127.0;
+                    let scale = half::f16::from_f32(step).to_le_bytes();
+                    assert_eq!(block[..2], scale, "{}", kernel.name);
+                    for (&byte, x) in block[2..].iter().zip(numbers) {
+                        let exact = if step == 0.0 { 0.0 } else { f64::from(*x) / f64::from(step) };
+                        let error = (f64::from(byte as i8) - exact).abs();
+                        assert!(error <= 0.5 + 1e-4, "{}: {byte} {exact}", kernel.name);
+                    }
+                }
+            }
         }
     }
 

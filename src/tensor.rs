@@ -252,7 +252,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::{Io, writer::narrow};
+    use crate::{Io, testing::narrowed};
 
     /// Where in the file the number in this place of the matrix is.
     fn place(order: Order, [rows, columns]: [usize; 2], row: usize, column: usize) -> usize {
@@ -288,7 +288,7 @@ mod tests {
             };
             let len = shape[0] * shape[1];
             let numbers: Vec<f32> = (0..len).map(|i| (i * 7919 % 1009) as f32 - 500.0).collect();
-            let (bytes, _) = narrow(dtype, &numbers);
+            let bytes = narrowed(dtype, &numbers);
             let mut held = vec![0.0; len];
             (widest().widen)(dtype, &bytes, &mut held);
             let mut file = tempfile::NamedTempFile::new().unwrap();

@@ -72,6 +72,13 @@ impl Spec {
     }
 }
 
+/// Numbers as the bytes of a type.
+pub(crate) fn narrowed(dtype: Dtype, numbers: &[f32]) -> Vec<u8> {
+    let mut bytes = vec![0; dtype.size(numbers.len())];
+    (widest().narrow)(dtype, numbers, &mut bytes);
+    bytes
+}
+
 /// Tensors by name, sorted.
 pub(crate) type Tensors = Vec<(String, Vec<f32>)>;
 

@@ -2,7 +2,10 @@
 
 use std::ops::Range;
 
-use super::LANES;
+use super::{
+    LANES,
+    convert::{from_bf16, from_f16, unpacked},
+};
 use crate::{Dtype, dtype::BLOCK};
 
 /// See [`super::AddProducts`].
@@ -77,14 +80,6 @@ fn add_blocks(sums: &mut [f32], stride: usize, rows: &[&[u8]], weights: &[f32]) 
     all
 }
 
-/// The scale of a block of `Q8_0`, and the signed bytes that it is multiplied with: products that
-/// float32 holds exactly.
-#[inline(always)]
-fn unpacked(block: &[u8; 2 + BLOCK]) -> (f32, &[u8]) {
-    let (scale, numbers) = block.split_at(2);
-    (from_f16([scale[0], scale[1]]), numbers)
-}
-
 /// See [`super::AddGram`].
 #[inline(always)]
 pub(super) fn add_gram(sums: &mut [f64], rows: &[f32], stride: usize, columns: Range<usize>) {
@@ -132,52 +127,6 @@ fn added(mut lanes: [f32; LANES]) -> f32 {
         }
     }
     lanes[0]
-}
-
-/// See [`super::Widen`].
-#[inline(always)]
-pub(super) fn widen(dtype: Dtype, bytes: &[u8], numbers: &mut [f32]) {
-    match dtype {
-        Dtype::F16 => convert(bytes, numbers, from_f16),
-        Dtype::BF16 => convert(bytes, numbers, from_bf16),
-        Dtype::F32 => convert(bytes, numbers, f32::from_le_bytes),
-        Dtype::F64 => convert(bytes, numbers, |b| f64::from_le_bytes(b) as f32),
-        Dtype::Q8_0 => {
-            for (block, numbers) in bytes.as_chunks().0.iter().zip(numbers.chunks_mut(BLOCK)) {
-                let (scale, packed) = unpacked(block);
-                for (number, &byte) in numbers.iter_mut().zip(packed) {
-                    *number = f32::from(byte as i8) * scale;
-                }
-            }
-        }
-        _ => unreachable!("`Layout` lets only floats in"),
-    }
-}
-
-#[inline(always)]
-fn convert<const N: usize>(bytes: &[u8], numbers: &mut [f32], one: impl Fn([u8; N]) -> f32) {
-    let (elements, _) = bytes.as_chunks::<N>();
-    for (number, element) in numbers.iter_mut().zip(elements) {
-        *number = one(*element);
-    }
-}
-
-#[inline(always)]
-fn from_bf16(bytes: [u8; 2]) -> f32 {
-    f32::from_bits(u32::from(u16::from_le_bytes(bytes)) << 16)
-}
-
-/// Without a branch or a table, so that the loop around it can be widened: the exponent moves by
-/// a multiplication with a power of two, which is exact and makes subnormal halves normal.
-#[inline(always)]
-fn from_f16(bytes: [u8; 2]) -> f32 {
-    const POWER: f32 = f32::from_bits((127 + 112) << 23); // 2^(127 - 15)
-    let half = u16::from_le_bytes(bytes);
-    let sign = u32::from(half & 0x8000) << 16;
-    let magnitude = u32::from(half & 0x7fff) << 13;
-    let finite = (f32::from_bits(magnitude) * POWER).to_bits();
-    let special = magnitude | 0x7f80_0000;
-    f32::from_bits(sign | if half & 0x7c00 == 0x7c00 { special } else { finite })
 }
 
 /// Whether all `numbers` are finite: without a branch, so that the loop is widened.

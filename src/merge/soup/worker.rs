@@ -16,6 +16,10 @@ use crate::{
     writer::Writer,
 };
 
+/// How far apart widened strips begin, in elements: a cache line more than they are long, so that rows
+/// do not share the same places of a cache.
+const APART: usize = STRIP + LINE;
+
 /// One thread's share: its buffers, kept from block to block.
 pub(super) struct Worker<'a> {
     soup: &'a Soup<'a>,
@@ -34,7 +38,7 @@ pub(super) struct Worker<'a> {
 
 impl<'a> Worker<'a> {
     pub(super) fn new(soup: &'a Soup<'a>, sources: &'a [Source], watch: &'a Watch) -> Self {
-        let widened = vec![Line::zeroed(); soup.plan.group * STRIP / LINE];
+        let widened = vec![Line::zeroed(); soup.plan.group * APART / LINE];
         let (sums, read, bytes) = (vec![], vec![], vec![]);
         Self { soup, sources, watch, kernel: widest(), sums, widened, read, bytes }
     }
@@ -123,7 +127,7 @@ impl<'a> Worker<'a> {
             .iter()
             .flat_map(|holder| targets.clone().map(|target| soup.weight(target, slot, *holder)))
             .collect();
-        // A cache line apart, so that rows do not share the same places of a cache.
+        // A cache line apart, as widened strips are.
         let room = |holder: &Holder| soup.room(piece, *holder) + 1;
         let needed = holders.iter().map(room).sum();
         if self.read.len() < needed {
@@ -144,7 +148,7 @@ impl<'a> Worker<'a> {
             let strip = start..piece.len.min(start + STRIP);
             let strips: Vec<&[u8]> = rows
                 .iter()
-                .zip(numbers_mut(&mut self.widened).chunks_mut(STRIP))
+                .zip(numbers_mut(&mut self.widened).chunks_mut(APART))
                 .map(|(row, free)| ready(row, dtype, &strip, free, self.kernel))
                 .collect();
             let sums = &mut numbers_mut(&mut self.sums)[at + start..];
