@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,19 @@ def test_what_a_merge_has_made_is_a_member_only_with_a_dataset(make_bank, tmp_pa
         bank.require(["b made"])
     shutil.copytree(written.folder / "b made", tmp_path / "all" / "b made")
     assert Bank(tmp_path / "all").names == ["b made"]
+
+
+def test_a_bank_without_some_members_stands_on_its_own(make_bank):
+    texts = {name: {"text": f"{name} is here"} for name in "abc"}
+    bank = Bank(make_bank(texts, tokenizer=True).folder)
+    make_fingerprints(bank.without(["a"]))
+    rest = bank.without(["a"])
+    assert rest.unfingerprinted() == {}
+    assert rest.fingerprints.counts is not None
+    assert list(bank.unfingerprinted()) == ["a"]
+    rest.leave_out({"b": "it is broken"})
+    assert (rest.names, bank.names) == (["c"], ["a", "b", "c"])
+    assert bank.left_out == {}
 
 
 def test_a_broken_member_is_excused_until_it_is_asked_for(make_bank):
@@ -327,6 +341,14 @@ def test_faults_of_the_settings_are_named(bases, text, said):
     (bases / "bank.toml").write_bytes(text.encode("latin-1"))
     with pytest.raises(InvalidBank, match=rf"bank\.toml`: {said}"):
         Bank(bases)
+
+
+@pytest.mark.parametrize("name", ["cats \U0001f408", "del \x7f", 'quote " back \\', "tab\tnew\n"])
+def test_any_text_is_written_so_that_it_is_read_again(make_bank, name):
+    folder = make_bank(["a"]).folder
+    settings = replace(Bank(folder).settings, families={"a": name}, base_model=name)
+    (folder / "bank.toml").write_text(settings.toml, encoding="utf-8")
+    assert Bank(folder, base_model="base").settings == settings
 
 
 def test_settings_that_an_editor_of_windows_wrote(make_bank):

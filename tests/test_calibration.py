@@ -109,8 +109,10 @@ def test_it_is_kept_whole(folder, found):
         '"normalize": "unit", "colour": 3}, "tried": [], "members": {}}',
         '{"format": 1, "measure": "taste", "choice": {"metric": "js", "pipeline": "nearest", '
         '"normalize": "unit"}, "tried": [], "members": {}}',
+        '{"format": 1, "measure": "delta", "choice": {"metric": "js", "pipeline": "nearest", '
+        '"normalize": "unit", "temperature": "0.5"}, "tried": [], "members": {}}',
     ],
-    ids=range(7),
+    ids=range(8),
 )
 def test_a_broken_file(folder, content):
     bank = Bank(folder)

@@ -221,6 +221,22 @@ def test_an_output_that_exists_is_replaced_on_demand_alone(lorameta, adapters, b
     assert (status, "only GGUF has it" in err) == (1, True)
 
 
+def test_what_is_no_adapter_is_not_replaced(lorameta, golden, adapters, base, tmp_path):
+    model, text = tmp_path / "model.gguf", tmp_path / "text.gguf"
+    shutil.copy(golden / "interop" / "gguf" / "base.gguf", model)
+    text.write_text("my notes")
+    for out, words in ((model, "it is no adapter"), (text, "GGUF")):
+        before = out.read_bytes()
+        status, _, err = lorameta(
+            *("convert", adapters / "a_r8", "-o", out, "--to", "gguf", "--base-config", base),
+            "--force",
+        )
+        assert (status, words in err) == (1, True), err
+        assert out.read_bytes() == before
+    status, _, err = lorameta("convert", adapters, "-o", tmp_path / "b", "--to", "peft", "--force")
+    assert (status, "not a bank" in err) == (2, True), err
+
+
 def test_diffusers_and_kohya_names(lorameta, golden, base, tmp_path):
     rng = np.random.default_rng(0)
     a, b = (rng.normal(size=shape).astype(np.float32) for shape in ((4, 6), (8, 4)))

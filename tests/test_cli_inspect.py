@@ -49,6 +49,14 @@ def test_a_bank_is_all_of_its_members(written, lorameta, options):
     assert (b["ranks"], b["scalings"], b["dtypes"]) == ([4], [4.0], ["F16"])
 
 
+@pytest.mark.parametrize("name", ["base.gguf", "model.safetensors", "learned.safetensors"])
+def test_a_bank_may_have_other_files_beside_its_members(make_bank, lorameta, name):
+    folder = make_bank(["a", "b"]).folder
+    (folder / name).write_bytes(b"of the base")
+    status, out, err = lorameta("inspect", folder, "--json")
+    assert (status, len(json.loads(out))) == (0, 2), err
+
+
 def test_an_adapter_alone_is_a_row(written, lorameta):
     status, out, _ = lorameta("inspect", written.folder / "b", written.folder / "a")
     header, *rows = [line.split("\t") for line in out.splitlines()]

@@ -195,7 +195,7 @@ def test_a_bank_that_cannot_be_written_to_is_used_all_the_same(
         (["--min-similarity", "0.99", "--metric", "js"], "the most similar member has"),
         (
             ["--min-similarity", "0.1", "--metric", "kl"],
-            "only the metrics js, relations and cosine",
+            "only the metrics js, relations, cosine and vectors",
         ),
         (["--temperature", "0"], "temperature 0.0"),
         (["--temperature", "nan"], "temperature nan"),

@@ -120,7 +120,10 @@ def test_selections_that_cannot_be():
         ({"top_k": 0}, "top-k 0: expected 1 or more"),
         ({"mass": 0.0}, "mass 0.0: expected a share above 0"),
         ({"mass": np.nan}, "mass nan"),
-        ({"min_similarity": 0.5}, "only the metrics js, relations and cosine have a similarity"),
+        (
+            {"min_similarity": 0.5},
+            "only the metrics js, relations, cosine and vectors have a similarity",
+        ),
         ({"min_similarity": 1.5, "similarity": similar}, "expected a number from 0 to 1"),
         ({"min_similarity": 0.5, "similarity": similar}, "the most similar member has 0.2500"),
         ({"min_similarity": 0.25, "similarity": similar}, "have no coefficient above 0"),

@@ -232,6 +232,14 @@ def test_json_values_may_cross_the_ends_of_what_is_read_at_a_time(write):
     assert list(texts(path)) == [row["text"] for row in rows]
 
 
+@pytest.mark.parametrize("number", ["123456", "-1.25", "1e+5", "0"])
+def test_json_numbers_may_cross_the_ends_of_what_is_read_at_a_time(write, number):
+    for before in range((1 << 16) - 40, (1 << 16) + 1):
+        start = '{"d": "' + "x" * (before - 20) + '", "n": '
+        path = write("d.json", start + number + ', "Instances": [{"text": "a"}]}')
+        assert list(texts(path)) == ["a"], before
+
+
 def test_only_regular_files_are_read(tmp_path):
     (tmp_path / "folder.jsonl").mkdir()
     (tmp_path / "zero.jsonl").symlink_to("/dev/zero")
@@ -267,6 +275,12 @@ def test_memory_does_not_grow_with_the_rows(write, name):
         assert tracemalloc.get_traced_memory()[1] < size // 2
     finally:
         tracemalloc.stop()
+
+
+def test_a_column_that_is_there_twice_among_many_is_named(write):
+    header = ",".join(f"c{i}" for i in range(50_000))
+    with pytest.raises(InvalidDataset, match="column `c7` is there twice"):
+        list(texts(write("d.csv", f"{header},c7\n")))
 
 
 def test_the_csv_limit_of_the_process_is_left_as_it_was(write):

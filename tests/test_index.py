@@ -328,6 +328,17 @@ def test_hashes_are_those_of_the_files(folder):
     assert hash_adapters(bank) == 0
 
 
+def test_hashes_that_were_made_before_an_interrupt_are_kept(folder):
+    def interrupt(name):
+        if name == "c":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hash_adapters(Bank(folder), interrupt)
+    assert sorted(Index.of(Bank(folder)).adapters) == ["a", "b"]
+    assert hash_adapters(Bank(folder)) == 1
+
+
 def test_an_index_that_cannot_be_written_may_lie_elsewhere(folder, monkeypatch):
     def refused(path, content):
         raise UnreadableFile(errno.EROFS, "Read-only file system", str(path))
@@ -480,3 +491,18 @@ def test_one_member_has_no_nearest(indexed):
     bank = Bank(indexed, exclude=["b", "c"])
     assert nearest_distances(bank, "js", patient=True).shape == (0,)
     assert not (indexed / "index.json").exists()
+
+
+def test_kept_distances_of_a_part_are_of_that_part(indexed):
+    """The same words in another order: equal counts, and other pairs of neighbours."""
+    bank = Bank(indexed)
+    before = {name: nearest_distances(bank, name) for name in ("js", "js:bigrams")}
+    sha256 = bank.fingerprint(bank.members[0]).sha256
+    (indexed / "a" / "train.txt").write_text("where the is window\nthe is window here\n")
+    changed = Bank(indexed)
+    make_fingerprints(changed)
+    assert changed.fingerprint(changed.members[0]).sha256 != sha256
+    for name, old in before.items():
+        expected = leave_one_out_nearest(pairwise(name, changed.fingerprints))
+        np.testing.assert_array_equal(nearest_distances(changed, name), expected)
+        assert np.array_equal(old, expected) == (name == "js")

@@ -402,7 +402,7 @@ def test_what_the_base_has_to_be_must_not_differ(make_bank, tmp_path, field, val
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ([1.0], r"\(1,\) coefficients for 3 members"),
+        ([1.0], r"shape \(1,\), expected \(3,\)"),
         ([0.0, 0.0, 0.0], "all coefficients are zero"),
         ([1.0, np.nan, 1.0], "the coefficient of `b` is not a finite number"),
         ([1.0, np.inf, 1.0], "the coefficient of `b` is not a finite number"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -119,6 +120,19 @@ def test_what_has_no_answers_has_no_parts_but_bigrams(bank, tmp_path):
     with pytest.raises(InvalidBank, match="metric `js:input`: a dataset has no answers"):
         bank.rank(target, metric="js:input")
     bank.rank(target, metric="cosine:bigrams")
+
+
+def test_datasets_with_answers_may_lack_a_part(bank, tmp_path):
+    """Inputs that begin in no common way have no definition, where no token begins them all."""
+    (tmp_path / "new.jsonl").write_text(rows_of(4))
+    target = token_distribution(tmp_path / "new.jsonl", tokenizer=bank.tokenizer)
+    target = replace(target, parts={"input": target.parts["input"]})
+    found = bank.rank(target, metric="js,js:definition")
+    assert found.note == "`js:definition` is left out: a dataset has no such part"
+    with pytest.raises(InvalidBank, match="metric `js:definition`: a dataset has no such part"):
+        bank.rank(target, metric="js:definition")
+    with pytest.raises(InvalidBank, match="a dataset has no part `definition`"):
+        distance.distances("js:definition", bank.fingerprints, target)
 
 
 @pytest.mark.parametrize("metric", ["js:answers", "relations:answer", "vectors:input", "js:"])

@@ -56,3 +56,7 @@ def test_effective_number(coefficients, number):
 def test_leave_one_out_nearest_reads_rows():
     matrix = np.array([[0.0, 3.0, 2.0], [1.0, 0.0, 4.0], [5.0, 6.0, 0.0]])
     assert leave_one_out_nearest(matrix).tolist() == [2.0, 1.0, 5.0]
+
+
+def test_whole_numbers_are_coefficients_too():
+    assert effective_number(np.array([1, 1, 0, -1])) == pytest.approx(3.0)

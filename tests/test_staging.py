@@ -209,7 +209,7 @@ def test_force_does_not_replace_what_no_merge_has_made(make_bank, tmp_path):
     folder = make_bank(["a", "b"]).folder
     bank = Bank(folder)
     before = sorted(path.name for path in (folder / "a").iterdir())
-    with pytest.raises(OutputExists, match="no merge has"):
+    with pytest.raises(OutputExists, match="which lorameta-rs writes"):
         bank.merge(np.array([0.5, 0.5]), folder / "a", force=True)
     assert sorted(path.name for path in (folder / "a").iterdir()) == before
     empty = tmp_path / "empty"

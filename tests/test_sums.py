@@ -410,5 +410,5 @@ def test_more_than_servers_load_is_warned_about(make_bank, tmp_path, lorameta):
 
 def test_a_matrix_of_another_size_is_refused(real, tmp_path):
     bank = Bank(real.folder)
-    with pytest.raises(InvalidSetting, match="coefficients for 5 members"):
+    with pytest.raises(InvalidSetting, match=r"expected \(5, 1\)"):
         plan(bank, [Job(np.ones((5, 2)), tmp_path / "out", modules=("0",))])

@@ -181,11 +181,11 @@ class Bank:
 
     def unfingerprinted(self) -> dict[str, str]:
         """The members without a fresh fingerprint, and why."""
-        return self._kept.unusable()
+        return self._kept.unusable(self.members)
 
     def outdated(self) -> dict[str, str]:
-        """Those of them that have one, which is no longer right, and why."""
-        unusable = self._kept.unusable()
+        """The members whose fingerprint is no longer right, and why."""
+        unusable = self.unfingerprinted()
         return {name: why for name, why in unusable.items() if name in self._kept.loaded}
 
     def fingerprint_path(self, member: Member) -> Path:
@@ -231,6 +231,7 @@ class Bank:
         rest = copy(self)
         gone = set(names)
         rest.members = [member for member in self.members if member.name not in gone]
+        rest.left_out, rest.notes = dict(self.left_out), list(self.notes)
         rest.__dict__.pop("fingerprints", None)
         return rest
 

@@ -48,7 +48,8 @@ class BankFingerprints:
         paths = {name: path for name in self._bank.names if (path := self.file(name)) is not None}
         loaded, faults = load_all(paths)
         self._broken = {name: f"`{name}`: {error}" for name, error in faults.items()}
-        self._bank.notes += self._broken.values()
+        for note in self._broken.values():
+            self._bank.note(note)
         return loaded
 
     def keep(self, name: str, fingerprint: Fingerprint) -> None:
@@ -62,13 +63,14 @@ class BankFingerprints:
         """The matrix of these members' rows."""
         return Fingerprints.stack([self.loaded[name] for name in names])
 
-    def unusable(self) -> dict[str, str]:
-        """The members without a fingerprint that can be used, and why."""
-        for member in self._bank.members:
+    def unusable(self, members: Sequence[Member]) -> dict[str, str]:
+        """Those of these members without a fingerprint that can be used, and why."""
+        for member in members:
             if member.name not in self._reasons:
                 self._reasons[member.name] = self._fault(member)
-        self._reasons |= self._strangers()
-        return {name: why for name in self._bank.names if (why := self._reasons[name]) is not None}
+        names = [member.name for member in members]
+        self._reasons |= self._strangers(names)
+        return {name: why for name in names if (why := self._reasons[name]) is not None}
 
     def _fault(self, member: Member) -> str | None:
         """Why a member's fingerprint cannot be used, if so; nothing stops at one bad member."""
@@ -84,9 +86,7 @@ class BankFingerprints:
             # Whoever has the fingerprint needs no dataset: one that is gone does no harm.
             why = self._staleness(member, fingerprint, None)
             if why is None:
-                self._bank.notes.append(
-                    f"`{member.name}`: its fingerprint is used as it is: {error}"
-                )
+                self._bank.note(f"`{member.name}`: its fingerprint is used as it is: {error}")
             return why
 
     def _staleness(self, member: Member, fingerprint: Fingerprint, data: Path | None) -> str | None:
@@ -98,11 +98,11 @@ class BankFingerprints:
         )
         return None if why is None else f"`{self.file(member.name)}`: {why}"
 
-    def _strangers(self) -> dict[str, str]:
+    def _strangers(self, names: Sequence[str]) -> dict[str, str]:
         """Those of another tokenizer than most, in a bank that has none to compare them with."""
         if self._bank.has_tokenizer:
             return {}
-        fresh = {name: self.loaded[name] for name in self._bank.names if not self._reasons[name]}
+        fresh = {name: self.loaded[name] for name in names if not self._reasons[name]}
         known = Counter(one.identity for one in fresh.values())
         usual = max(known, key=lambda identity: known[identity], default="")
         return {

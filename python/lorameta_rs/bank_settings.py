@@ -83,9 +83,8 @@ class BankSettings:
         }
         sections = []
         for name, table in tables.items():
-            # Texts and integers are written alike in JSON and in TOML.
             said = {key: value for key, value in table.items() if value is not None}
-            lines = [f"{json.dumps(key)} = {json.dumps(value)}" for key, value in said.items()]
+            lines = [f"{_toml(key)} = {_toml(value)}" for key, value in said.items()]
             if lines:
                 sections.append("\n".join([f"[{name}]", *lines]) + "\n")
         return "\n".join(sections)
@@ -110,3 +109,8 @@ class BankSettings:
             where = f"`{path}`: `[{section}]` names"
             found += [f"{where} `{name}`, which is no member" for name in strange]
         return found
+
+
+def _toml(value: str | int) -> str:
+    """As JSON has it, but for what TOML has otherwise: no surrogates, and DEL as an escape."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

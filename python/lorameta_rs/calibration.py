@@ -40,6 +40,7 @@ MEASURES = ("delta", "answers")
 """What settings were compared by: ΔW, or what a base model says."""
 # Its sums are near in ΔW, and answer worse: by 0.02 to 0.12 of Rouge-L on the lab.
 _NOT_BY_DELTA = ("ridge",)
+_TEXTS = ("metric", "pipeline", "compat")
 SCALES = (0.8, 1.25)
 """Of the sum, which the default is tried with by answers."""
 
@@ -249,5 +250,7 @@ def _checked(content: Any) -> Calibration:
             "members": dict(members),
         } if number == FORMAT and measure in MEASURES and normalize in NORMALIZATIONS:
             choice = {name: one for name, one in content["choice"].items() if name != "normalize"}
-            return Calibration(Settings(**choice), normalize, measure, members, tried)
+            numbers = [one for name, one in choice.items() if name not in _TEXTS]
+            if all(one is None or type(one) in (int, float) for one in numbers):
+                return Calibration(Settings(**choice), normalize, measure, members, tried)
     raise ValueError(f"it is not of format {FORMAT}")

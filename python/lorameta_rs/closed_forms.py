@@ -102,7 +102,8 @@ def simplex(gram: Floats, products: Floats, *, leave_one_out: bool = False) -> F
     """The c with the least cᵀGc − 2 cᵀg of those with c_i ≥ 0 and Σ c_i = 1.
 
     By accelerated projected gradients (Beck and Teboulle 2009), begun anew where they overshoot
-    (O'Donoghue and Candès 2015), until the duality gap is below `_GAP`.
+    (O'Donoghue and Candès 2015), until the duality gap is below
+    `_GAP`, or for `_STEPS` steps.
 
     Args:
         gram: G, the members' inner products [n, n].

@@ -281,7 +281,7 @@ def _similar(similarity: Floats | None, least: float) -> NDArray[np.bool_]:
     """Which members are at least that similar."""
     if similarity is None:
         raise InvalidSetting(
-            "min-similarity: only the metrics js, relations and cosine have a similarity"
+            "min-similarity: only the metrics js, relations, cosine and vectors have a similarity"
         )
     if not 0.0 <= least <= 1.0:
         raise InvalidSetting(f"min-similarity {least}: expected a number from 0 to 1")

@@ -183,10 +183,9 @@ def applicable(
             raise InvalidSetting(f"metric `{name}` is named twice")
     left = tuple(name for name in names if _says_something(name, fingerprints, target))
     if not left:
-        raise InvalidBank(
-            f"metric `{metrics}`: a dataset has no answers apart from its inputs\n"
-            "choose another --metric"
-        )
+        answers = _says_something("relations", fingerprints, target)
+        what = "such part" if answers else "answers apart from its inputs"
+        raise InvalidBank(f"metric `{metrics}`: a dataset has no {what}\nchoose another --metric")
     return left
 
 
@@ -217,6 +216,15 @@ def _parted(metric: str) -> tuple[str, str | None]:
     return name, part
 
 
+def part_of(metric: str) -> str | None:
+    """The part of the datasets that a metric compares; None where it is all of them.
+
+    Raises:
+        InvalidSetting: There is no such metric, or none of parts.
+    """
+    return _parted(metric)[1]
+
+
 def distances(
     metric: str, fingerprints: Fingerprints, target: Fingerprint, compat: str | None = None
 ) -> Floats:
@@ -233,11 +241,13 @@ def distances(
 
     Raises:
         InvalidSetting: No such metric, or `compat` does not have it.
-        InvalidBank: A row has no tokens, or the vocabularies differ.
+        InvalidBank: A row has no tokens or no such part, or the vocabularies differ.
         InvalidDataset: `target` has no tokens.
     """
     name, part = _parted(metric)
     if part is not None:
+        if not _says_something(metric, fingerprints, target):
+            raise InvalidBank(f"metric `{metric}`: a dataset has no part `{part}`")
         fingerprints, target = fingerprints.part(part), target.part(part)
     return paper.choose("metric", name, compat, METRICS, paper.METRICS)(fingerprints, target)
 

@@ -69,8 +69,9 @@ class Rows:
         found = list(islice(examples(dataset, columns=columns), most))
         told = [row for row in found if isinstance(row, Example) and row.answer]
         if len(told) < len(found) or not found:
+            number = next((n for n, row in enumerate(found, 1) if row not in told), 1)
             raise InvalidDataset(
-                f"`{dataset}`: row {len(told) + 1} has no answer apart from its question\n"
+                f"`{dataset}`: row {number} has no answer apart from its question\n"
                 "expected fields such as `input` and `output`; --columns names others"
             )
         return cls([row.before for row in told], [row.answer for row in told], tokenizer)

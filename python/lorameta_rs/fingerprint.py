@@ -99,8 +99,9 @@ class Fingerprint:
 
     @property
     def sha256(self) -> str:
-        """Of its counts, which tell a dataset from others."""
-        digest = hashlib.sha256(self.identity.encode())
+        """Of its counts and of what they were made of, which tell a dataset from others."""
+        made_from = None if self.dataset is None else self.dataset.sha256
+        digest = hashlib.sha256(json.dumps([self.identity, self.columns, made_from]).encode())
         for array in (self.ids, self.counts, self.relations):
             digest.update(b"" if array is None else np.ascontiguousarray(array).data)
         return digest.hexdigest()

@@ -224,21 +224,25 @@ def hash_adapters(bank: Bank, progress: Callable[[str], None] | None = None) -> 
         How many were hashed.
     """
     index = Index.of(bank)
-    unknown = [member for member in bank.members if index.sha256(member) is None]
-    for member in unknown:
-        if progress is not None:
-            progress(member.name)
-        adapter = member.adapter
-        digest = files.sha256(adapter.path)
-        norms, fault = norms_or_fault(member)
-        index.adapters[member.name] = AdapterRecord(
-            digest, adapter.size, adapter.mtime_ns, norms, fault
-        )
+    before = dict(index.adapters)
     gone = set(index.adapters) - set(bank.names) - set(bank.left_out)
     for name in gone:
         del index.adapters[name]
-    if unknown or gone:
-        index.save()
+    unknown = [member for member in bank.members if index.sha256(member) is None]
+    try:
+        for member in unknown:
+            if progress is not None:
+                progress(member.name)
+            adapter = member.adapter
+            digest = files.sha256(adapter.path)
+            norms, fault = norms_or_fault(member)
+            index.adapters[member.name] = AdapterRecord(
+                digest, adapter.size, adapter.mtime_ns, norms, fault
+            )
+    finally:
+        # What is known is kept, also where the rest was interrupted.
+        if index.adapters != before:
+            index.save()
     return len(unknown)
 
 
@@ -275,7 +279,7 @@ def nearest_distances(
         float64 [n], empty for a bank of one; None if they are not known and slow to compute.
     """
     index = Index.of(bank)
-    key = _key(bank)
+    key = _key(bank, metric)
     match index.nearest.get(metric):
         case {"fingerprints": of, "distances": [*kept]} if (
             of == key and len(kept) == len(bank) and all(_is_distance(one) for one in kept)
@@ -295,10 +299,11 @@ def _is_distance(value: Any) -> bool:
     return type(value) is float and not math.isnan(value)
 
 
-def _key(bank: Bank) -> str:
-    """What the members' distances depend on: all of their fingerprints, in order."""
+def _key(bank: Bank, metric: str) -> str:
+    """What the members' distances depend on: their fingerprints, or that part, in order."""
     digest = hashlib.sha256()
-    counts = bank.fingerprints
+    part = distance.part_of(metric)
+    counts = bank.fingerprints if part is None else bank.fingerprints.part(part)
     for array in (counts.indptr, counts.ids, counts.counts, counts.relations):
         if array is not None:
             digest.update(np.ascontiguousarray(array).data)

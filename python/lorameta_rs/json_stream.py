@@ -49,6 +49,7 @@ class Scanner:
 
     _CHUNK = 1 << 16
     _NOT_SPACE = re.compile(r"[^ \t\r\n]")
+    _NOT_OF_NUMBER = re.compile(r"[^0-9+\-.eE]")
 
     def __init__(self, stream: BufferedReader, decoder: Decoder, limit: int) -> None:
         self._stream, self._decoder, self._limit = stream, decoder, limit
@@ -75,13 +76,18 @@ class Scanner:
         """The next value; `JSONDecodeError` if there is none, or none of at most `limit`."""
         self.peek()
         while True:
+            long = len(self._window) - self._at > self._limit
             try:
-                value, self._at = self._decoder.raw_decode(self._window, self._at)
+                value, end = self._decoder.raw_decode(self._window, self._at)
             except json.JSONDecodeError:
                 # Wrong, or not all there yet: only more text can tell.
-                if len(self._window) - self._at > self._limit or not self._widen():
+                if long or not self._widen():
                     raise
-            else:
+                continue
+            length = end - self._at
+            # A number may go on behind the window.
+            if long or self._NOT_OF_NUMBER.search(self._window, end) or not self._widen():
+                self._at += length
                 return value
 
     def _widen(self) -> bool:

@@ -10,6 +10,7 @@ fails in it would end us. That process ends when its standard input does, howeve
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import subprocess
@@ -257,6 +258,8 @@ class Llama:
             with error:
                 said = error.read().decode(errors="replace")[:300]
             raise InvalidSetting(f"`{self.base}`: llama.cpp says: {said}") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise InvalidSetting(f"`{self.base}`: llama.cpp has ended: {error}") from error
 
 
 def _reason(chatter: str) -> str:

@@ -219,8 +219,8 @@ def merge(
     Args:
         bank: The adapters; those without a coefficient are never read.
         jobs: The adapters to be made. All appear, or none.
-        options: How; the results depend on `method`, `rank`, `energy`, `normalize`, `dtype` and
-            `allow_nan` alone, and on `seed` and `memory` where `svd` has to sketch.
+        options: How; the results depend on the method and the options in `provenance.OF_RESULT`
+            alone, and on `memory` where `svd` has to sketch.
         progress: Told bytes read and bytes in all, every 40 ms.
 
     Returns:

@@ -129,7 +129,7 @@ class Provenance:
 
 
 def size(coefficient: float | list[float]) -> float:
-    """A coefficient as one number: the mean over modules, without signs."""
+    """A coefficient as one number: itself, or the mean size of those of several modules."""
     if isinstance(coefficient, float):
         return coefficient
     return sum(map(abs, coefficient)) / len(coefficient)

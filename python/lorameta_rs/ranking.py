@@ -154,12 +154,14 @@ def _note(asked: str, metrics: Sequence[str], bank: Bank, target: Fingerprint) -
     if not idle and not ("relations" in metrics and without):
         return None
     if target.relations is None:
-        whose = "the new dataset's rows do"
-    else:
+        why = "the new dataset's rows do not tell answers from inputs"
+    elif without:
         first, *others = without
         more = f" and {len(others)} others" if others else ""
-        whose = f"the rows of `{first}`{more} do"
+        why = f"the rows of `{first}`{more} do not tell answers from inputs"
+    else:
+        why = "a dataset has no such part"
     what = f"{', '.join(idle)} {'is' if len(idle) == 1 else 'are'} left out"
     if not idle:
         what = "`relations` finds nothing in common with some members"
-    return f"{what}: {whose} not tell answers from inputs"
+    return f"{what}: {why}"

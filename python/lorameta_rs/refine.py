@@ -134,7 +134,7 @@ def refine(
     shape = Base.load(how.base)
     end = end_of_answers(how.base)
     search_rows, held_rows = (answer_ids(bank.tokenizer, rows, end) for rows in (chosen, held))
-    near = [int(i) for i in np.argsort(-job.coefficients, kind="stable")[: how.candidates]]
+    near = job.ranking.nearest_first()[: how.candidates]
     merges = merges_of(job.coefficients)
     names = [*merges, *(bank.names[i] for i in near)]
     if how.budget < len(names) + 1:

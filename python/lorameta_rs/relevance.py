@@ -85,8 +85,8 @@ def percentile(distances: Floats, bank_nearest: Sequence[Floats | None]) -> floa
 
 def effective_number(coefficients: Floats) -> float:
     """How many members, in equal parts, would be as spread out: exp(H(|c|/Σ|c|))."""
-    shares = np.abs(coefficients[coefficients != 0.0])
-    shares /= shares.sum()
+    sizes = np.abs(coefficients[coefficients != 0.0])
+    shares = sizes / sizes.sum()
     return float(np.exp(-np.sum(shares * np.log(shares))))
 
 

@@ -13,6 +13,7 @@ import itertools
 import json
 import warnings
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -265,7 +266,7 @@ def _warn_repeated(source: Source, decoder: Decoder, rows: Iterator[Row]) -> Ite
 def _csv(source: Source, stream: io.BufferedReader, *, delimiter: str) -> Iterator[Row]:
     records = _records(source, stream, delimiter)
     place, header = next(records, ("", []))
-    repeated = next((name for name in header if header.count(name) > 1), None)
+    repeated = next((name for name, count in Counter(header).items() if count > 1), None)
     if repeated is not None:
         raise source.fault(f"column `{excerpt(repeated)}` is there twice", place)
     if len(header) == 1 and any(other in header[0] for other in ";\t,|"):

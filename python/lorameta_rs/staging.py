@@ -91,12 +91,12 @@ def _check(out: Path, owned: Sequence[str], force: bool) -> None:
     strange = sorted(found.difference(owned))
     if strange:
         raise OutputExists(
-            f"`{out}` is not replaced: it holds `{strange[0]}`, which no merge has written\n"
+            f"`{out}` is not replaced: it holds `{strange[0]}`, which is not of an output\n"
             "choose another folder"
         )
     if found and owned[0] not in found:
         raise OutputExists(
-            f"`{out}` is not replaced: it has no `{owned[0]}`, so no merge has made it\n"
+            f"`{out}` is not replaced: it has no `{owned[0]}`, which lorameta-rs writes\n"
             "choose another folder"
         )
 

@@ -129,7 +129,8 @@ def _checked(job: Job, bank: Bank) -> Floats:
     row = np.asarray(job.coefficients, dtype=np.float64)
     matrix = row[:, None] if row.ndim == 1 and not job.modules else row
     if matrix.shape != (len(bank), max(len(job.modules), 1)):
-        raise InvalidSetting(f"{row.shape} coefficients for {len(bank)} members")
+        shape = (len(bank), len(job.modules)) if job.modules else (len(bank),)
+        raise InvalidSetting(f"coefficients of shape {row.shape}, expected {shape}")
     if not np.isfinite(matrix).all():
         name = bank.names[int(np.flatnonzero(~np.isfinite(matrix).all(axis=1))[0])]
         raise InvalidSetting(f"the coefficient of `{name}` is not a finite number")

@@ -24,7 +24,10 @@ from lorameta_rs.cli import console, options
 @options.most_tokens
 @options.threads
 @options.as_json
+@click.pass_context
 def attempt(
+    context: click.Context,
+    /,
     base: Path,
     adapters: tuple[Path, ...],
     prompt: tuple[str, ...],
@@ -45,6 +48,7 @@ def attempt(
         raise click.UsageError("give one of: --prompt, --dataset")
     own = None if tokenizer is None else Tokenizer(tokenizer)
     if dataset is None:
+        options.refuse(context, ("columns", "rows"), "--prompt")
         asked = Rows(list(prompt), [], own)
     else:
         asked = Rows.of(dataset, own, arguments["columns"], arguments["rows"])

@@ -38,7 +38,11 @@ if TYPE_CHECKING:
     help="The type of the tensors; q8_0, for gguf, is that of A, and B is f16.",
 )
 @options.base_config
-@click.option("--force", is_flag=True, help="Replace OUT if `convert` has made it.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Replace OUT, if it is an adapter of that format and nothing else.",
+)
 @click.option(
     "--memory",
     type=click.IntRange(1, 1 << 24),
@@ -77,7 +81,8 @@ def _one(
     path: Path, out: Path, to: str, dtype: str, base_config: Path | None, run: Options
 ) -> None:
     from lorameta_rs import files
-    from lorameta_rs.errors import InvalidSetting
+    from lorameta_rs._core import gguf_metadata
+    from lorameta_rs.errors import InvalidSetting, OutputExists
     from lorameta_rs.formats.base import Base
     from lorameta_rs.formats.conversion import FILES, write, write_gguf
     from lorameta_rs.formats.conversion import check as check_format
@@ -96,6 +101,8 @@ def _one(
     if alone:
         if not run.force:
             check(outs)
+        elif out.exists() and gguf_metadata(out).get("general.type") != "adapter":
+            raise OutputExists(f"`{out}` is not replaced: it is no adapter\nchoose another name")
         check_format(found[0], to, base, run)  # before there are folders
         with files.refusals(out):
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -120,6 +127,8 @@ def _bank(
     from lorameta_rs.formats.base import Base
     from lorameta_rs.formats.packing import pack
 
+    if run.force:
+        raise click.UsageError("--force replaces an adapter, not a bank: choose another folder")
     bank = Bank(path)
     console.report(bank)
     base = Base.known(base_config, path)

@@ -20,6 +20,7 @@ _OF_RESULT = (
     *("method", "rank", "energy", "normalize", "density", "majority_sign", "seed"),
     *("dtype", "allow_nan", "memory"),
 )
+_OF_RANKING = (*options.SETTINGS, "calibration", "columns", "refine", "vectors")
 _OF_REFINING = ("rows", "budget", "candidates", "cache")
 
 
@@ -179,11 +180,8 @@ def merge(
     if arguments["refine"] is None:
         options.refuse(context, _OF_REFINING, "--refine", "without")
     if repeat is not None:
-        options.refuse(
-            context,
-            (*options.SETTINGS, "paper", "refine", "columns", "vectors", *_OF_RESULT),
-            "--repeat",
-        )
+        settled = (*_OF_RANKING, "paper", "drop_unsupported", *_OF_RESULT)
+        options.refuse(context, settled, "--repeat")
         from lorameta_rs.cli.repeated import repeated
 
         run = _options(arguments)
@@ -192,7 +190,7 @@ def merge(
     elif bank is None:
         raise click.UsageError("Missing argument 'BANK'.")
     elif weights:
-        options.refuse(context, (*options.SETTINGS, "columns", "refine", "vectors"), "--weights")
+        options.refuse(context, _OF_RANKING, "--weights")
         run = _options(arguments)
         opened, jobs = _weighted(bank, weights, _one(outs), arguments)
         done = _merged(opened, jobs, run, dry_run)

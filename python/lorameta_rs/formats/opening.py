@@ -6,7 +6,8 @@ import json
 import os
 from typing import TYPE_CHECKING, TypeVar
 
-from lorameta_rs import _core, files, learned
+from lorameta_rs import _core, files
+from lorameta_rs.bank import member_folders
 from lorameta_rs.config import AdapterConfig
 from lorameta_rs.config_fields import FILE_NAME
 from lorameta_rs.errors import InvalidAdapter, LoraMetaError
@@ -39,9 +40,13 @@ def is_adapter(path: Path) -> bool:
     if not path.is_dir():
         return True
     with files.refusals(path):
-        names = {entry.name for entry in path.iterdir()} - {learned.FILE_NAME}  # that is a bank's
-    known = (FILE_NAME, WEIGHTS, PICKLE, MLX_WEIGHTS)
-    return not names.isdisjoint(known) or any(n.endswith((GGUF, _SAFETENSORS)) for n in names)
+        names = {entry.name for entry in path.iterdir()}
+    if not names.isdisjoint((FILE_NAME, WEIGHTS, PICKLE, MLX_WEIGHTS)):
+        return True
+    # A bank may have others beside its members: what `calibrate` learned, the base model.
+    if member_folders(path):
+        return False
+    return any(name.endswith((GGUF, _SAFETENSORS)) for name in names)
 
 
 def is_gguf(path: Path) -> bool:
