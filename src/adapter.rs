@@ -8,7 +8,7 @@ use std::{
     time::SystemTime,
 };
 
-use rayon::prelude::*;
+use rayon::{ThreadPoolBuilder, prelude::*};
 
 use crate::{
     container::{self, Container, Contents, Opening},
@@ -81,6 +81,10 @@ impl Adapter {
             tensor: fault.tensor,
             reason: fault.reason,
         })?;
+        if layout.modules.is_empty() {
+            let reason = "holds no LoRA factors".to_owned();
+            return Err(Error::File { path: path.to_owned(), reason });
+        }
         let (layout, metadata) = (Arc::new(layout), Arc::new(metadata));
         Ok(Self { path: path.to_owned(), layout, container, metadata, stamp })
     }
@@ -98,7 +102,11 @@ impl Adapter {
             }
             Ok(adapter)
         };
-        paths.par_iter().map(open).collect()
+        // Threads of its own: those that all of a process share do not outlive a fork.
+        match ThreadPoolBuilder::new().build() {
+            Ok(pool) => pool.install(|| paths.par_iter().map(open).collect()),
+            Err(_) => paths.iter().map(open).collect(),
+        }
     }
 
     /// The same, with so many experts in the factors of each module of its layout.
@@ -176,6 +184,18 @@ mod tests {
             .collect();
         assert!(Arc::ptr_eq(&opened[0].layout, &opened[1].layout));
         assert!(!Arc::ptr_eq(&opened[0].layout, &opened[2].layout));
+    }
+
+    #[test]
+    fn factors_without_numbers_are_named() {
+        let folder = folder();
+        for (spec, factor) in [
+            (Spec { inner: 0, ..Spec::default() }, "lora_A"),
+            (Spec { outer: 0, ..Spec::default() }, "lora_B"),
+        ] {
+            let error = Adapter::open(&spec.write(&folder, "a")).unwrap_err().to_string();
+            assert!(error.contains(factor) && error.contains("has no numbers"), "{error}");
+        }
     }
 
     #[test]

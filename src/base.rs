@@ -161,7 +161,7 @@ mod tests {
             let writer =
                 Writer::create(path, Dtype::BF16, [(name, &[3, 2][..])].into_iter()).unwrap();
             writer.write(0, 0, &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]).unwrap();
-            writer.finish().unwrap();
+            Writer::finish(vec![writer], &Watch::default()).unwrap();
         }
         let base = Base::open(&paths).unwrap();
         let who = Path::new("who");

@@ -148,7 +148,9 @@ impl Plan {
         let mapped = if io == Io::Mmap { (group * HUGE).min(share / 2) } else { 0 };
         let fits = share.saturating_sub(fixed + mapped) / (row + sum);
         if fits < SHORTEST.min(total) {
-            let needed = threads * (fixed + SHORTEST * (row + sum));
+            let least = fixed + SHORTEST * (row + sum);
+            let mapped = if io == Io::Mmap { least.min(group * HUGE) } else { 0 };
+            let needed = threads * (least + mapped);
             return Err(Error::Memory {
                 given: options.memory >> 20,
                 needed: needed.div_ceil(1 << 20),
@@ -336,5 +338,12 @@ mod tests {
         let options = Options { memory: 1 << 10, ..Options::default() };
         let error = Plan::new(&bank, 1, &options).unwrap_err();
         assert!(error.to_string().contains("at least 1 MiB"), "{error}");
+        for io in [Io::Mmap, Io::Read] {
+            let of = |memory| Options { threads: 8, memory, io, ..Options::default() };
+            let Err(Error::Memory { needed, .. }) = Plan::new(&bank, 64, &of(1 << 20)) else {
+                panic!("1 MiB is not enough for 64 targets");
+            };
+            assert!(Plan::new(&bank, 64, &of(needed << 20)).is_ok(), "{io:?}: {needed} MiB");
+        }
     }
 }

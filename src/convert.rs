@@ -84,7 +84,7 @@ pub fn convert(
         output.copy(&reader, &writer, index, strength, options.allow_nan, buffers)
     })?;
     reader.still_unchanged()?;
-    writer.finish()
+    Writer::finish(vec![writer], watch)
 }
 
 /// See that the format can express `adapter`, before there is work to lose.

@@ -247,6 +247,17 @@ impl<'a> Reader<'a> {
     }
 }
 
+/// Stops the other threads of a job where one panics: they may wait for its turn.
+struct StopOnPanic<'a>(&'a Watch);
+
+impl Drop for StopOnPanic<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.stop();
+        }
+    }
+}
+
 /// `work` for the indices below `count`, each on one of `threads` threads that has a state of its
 /// own, made by `state`. The first fault stops all.
 pub(crate) fn each_on_threads<S>(
@@ -262,6 +273,7 @@ pub(crate) fn each_on_threads<S>(
         .map_err(|error| Error::Setting(error.to_string()))?;
     let next = AtomicUsize::new(0);
     let turns = || {
+        let _guard = StopOnPanic(watch);
         let (mut state, mut done) = (state(), 0);
         loop {
             let index = next.fetch_add(1, Relaxed);
@@ -285,4 +297,22 @@ pub(crate) fn each_on_threads<S>(
         .into_iter()
         .partition(|result| matches!(result, Err(Error::Stopped)));
     done.into_iter().chain(stopped).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_of_one_thread_stops_those_that_wait_for_it() {
+        let watch = Watch::default();
+        let work = |(): &mut (), index: usize| {
+            assert!(index > 0, "the first one fails");
+            loop {
+                watch.go_on()?;
+            }
+        };
+        let run = || each_on_threads(2, 2, &watch, || (), work);
+        assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).is_err());
+    }
 }

@@ -233,6 +233,10 @@ fn module(
     if rank == 0 {
         return fault("has rank 0".to_owned());
     }
+    if let Some(empty) = [a, b].map(|index| &tensors[index]).into_iter().find(|t| t.is_empty()) {
+        let reason = format!("has no numbers: its shape is {:?}", empty.shape);
+        return Err(Fault { tensor: empty.name.clone(), reason });
+    }
     if let Some(magnitude) = magnitude {
         let fault = |reason| Err(Fault { tensor: tensors[magnitude].name.clone(), reason });
         let (found, rows) = (&tensors[magnitude].shape, tensors[b].shape[0]);

@@ -1,8 +1,11 @@
 //! The keys of `rank_pattern` and `alpha_pattern`: regular expressions that come with an adapter.
 
-use regex::Regex;
+use regex::{Regex, RegexBuilder};
 
 use crate::error::{Error, Result};
+
+/// What a compiled pattern may take, in bytes: names of modules need far less.
+const LARGEST: usize = 1 << 20;
 
 /// For each module, the first pattern that matches it as PEFT has it (`get_pattern_key`): the whole
 /// of its path, or all that follows a dot.
@@ -12,16 +15,25 @@ use crate::error::{Error, Result};
 /// # Errors
 /// A pattern does not parse, or needs what only a backtracking engine can do.
 pub fn first_match(patterns: &[String], modules: &[String]) -> Result<Vec<Option<usize>>> {
-    let compile = |pattern: &String| {
+    let built = |pattern: &str| RegexBuilder::new(pattern).size_limit(LARGEST).build();
+    let compile = |pattern: &String| -> Result<Regex> {
         let fault = |reason: String| Error::Pattern { pattern: pattern.clone(), reason };
         // On its own first: `a)(b` must not become valid by being put into parentheses.
-        Regex::new(pattern)
-            .and_then(|_| Regex::new(&format!(r"^(?:(.*\.)?({pattern}))$")))
+        built(pattern)
+            .and_then(|_| built(&format!(r"^(?:(.*\.)?({pattern}))$")))
             .map_err(|error| fault(error.to_string().lines().last().unwrap_or_default().to_owned()))
     };
-    let compiled = patterns.iter().map(compile).collect::<Result<Vec<_>>>()?;
-    let first = |module: &String| compiled.iter().position(|pattern| pattern.is_match(module));
-    Ok(modules.iter().map(first).collect())
+    // One held at a time: a file may have thousands.
+    let mut found = vec![None; modules.len()];
+    for (index, pattern) in patterns.iter().enumerate() {
+        let pattern = compile(pattern)?;
+        for (first, module) in found.iter_mut().zip(modules) {
+            if first.is_none() && pattern.is_match(module) {
+                *first = Some(index);
+            }
+        }
+    }
+    Ok(found)
 }
 
 #[cfg(test)]
@@ -46,7 +58,7 @@ mod tests {
     fn hostile_patterns_end_at_once() {
         let module = "a".repeat(5000);
         assert_eq!(matches(&["(a+)+b"], &[&module]).unwrap(), [None]);
-        for pattern in ["(", "a)(b", r"(a)\1", "(?=a)", "a{1000}{1000}{1000}"] {
+        for pattern in ["(", "a)(b", r"(a)\1", "(?=a)", "a{1000}{1000}{1000}", r"\w{200}"] {
             let error = matches(&[pattern], &[]).unwrap_err().to_string();
             assert!(error.contains("linear time"), "{error}");
         }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use tempfile::TempDir;
 
-use crate::{Dtype, kernels::widest, writer::Writer};
+use crate::{Dtype, kernels::widest, watch::Watch, writer::Writer};
 
 pub(crate) fn folder() -> TempDir {
     tempfile::tempdir().unwrap()
@@ -55,7 +55,9 @@ impl Spec {
             (state >> 8) as f32 / (1 << 23) as f32 - 1.0
         };
         let mut numbers: Vec<f32> = (0..rows * columns).map(|_| next()).collect();
-        numbers[0] = self.first.unwrap_or(numbers[0]);
+        if let (Some(number), Some(first)) = (numbers.first_mut(), self.first) {
+            *number = first;
+        }
         numbers
     }
 
@@ -67,7 +69,7 @@ impl Spec {
         for tensor in 0..tensors.len() {
             writer.write(tensor, 0, &self.numbers(tensor)).unwrap();
         }
-        writer.finish().unwrap();
+        Writer::finish(vec![writer], &Watch::default()).unwrap();
         path
     }
 }

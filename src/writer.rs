@@ -15,6 +15,7 @@ use crate::{
     error::{At, Result},
     kernels::widest,
     source::begin_flush,
+    watch::Watch,
 };
 
 /// Numbers that are converted and written at a time, whole blocks of packed types: what becomes of
@@ -98,10 +99,19 @@ impl Writer {
         write_all_at(self.file.as_file(), bytes, offset).at(&self.path)
     }
 
-    /// Flush the file and give it its name.
-    pub(crate) fn finish(self) -> Result<()> {
-        self.file.as_file().sync_all().at(&self.path)?;
-        self.file.persist(&self.path).map_err(|error| error.error).at(&self.path)?;
+    /// Flush the files, then give them their names.
+    ///
+    /// # Errors
+    /// A file cannot be flushed or named; `watch` said to stop before all were flushed.
+    pub(crate) fn finish(writers: Vec<Self>, watch: &Watch) -> Result<()> {
+        for writer in &writers {
+            watch.go_on()?;
+            writer.file.as_file().sync_all().at(&writer.path)?;
+        }
+        watch.go_on()?;
+        for Self { path, file, .. } in writers {
+            file.persist(&path).map_err(|error| error.error).at(&path)?;
+        }
         Ok(())
     }
 }
@@ -168,7 +178,7 @@ mod tests {
             assert!(writer.write(0, 0, &[1.0, -2.0, 0.5]).unwrap());
             assert!(!writer.write(2, 0, &[f32::INFINITY]).unwrap());
             assert!(!path.exists());
-            writer.finish().unwrap();
+            Writer::finish(vec![writer], &Watch::default()).unwrap();
             let bytes = std::fs::read(&path).unwrap();
             let read = SafeTensors::deserialize(&bytes).unwrap();
             assert_eq!(read.tensor("a\n").unwrap().shape(), [3]);
@@ -198,7 +208,7 @@ mod tests {
             let (first, rest) = numbers.split_at(64);
             assert!(writer.write(0, 64, rest).unwrap());
             assert!(writer.write(0, 0, first).unwrap());
-            writer.finish().unwrap();
+            Writer::finish(vec![writer], &Watch::default()).unwrap();
             let expected = [vec![7; 5], narrowed(dtype, &numbers)].concat();
             assert!(std::fs::read(&path).unwrap() == expected, "{dtype}");
         }

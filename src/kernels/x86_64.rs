@@ -108,7 +108,8 @@ macro_rules! add_products {
                     let columns = dtype.count(rows[0].len());
                     assert!(rows.iter().all(|row| row.len() == rows[0].len()));
                     assert!(targets > 0 && stride >= columns);
-                    assert!(sums.len() >= (targets - 1) * stride + columns);
+                    let needed = (targets - 1).checked_mul(stride).and_then(|n| n.checked_add(columns));
+                    assert!(needed.is_some_and(|needed| sums.len() >= needed));
                     let mut finite = true;
                     // One or two targets keep few registers busy: they take columns for them.
                     let broad = if targets > 2 { 0 } else { columns / (2 * WIDTH) };

@@ -84,7 +84,7 @@ impl<'a> Cat<'a> {
             Ok(())
         })?;
         reader.still_unchanged()?;
-        writers.into_iter().try_for_each(Writer::finish)
+        Writer::finish(writers, watch)
     }
 
     /// What a target takes of a module, in the order of the bank.

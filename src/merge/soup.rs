@@ -80,7 +80,7 @@ impl<'a> Soup<'a> {
             |worker, index| worker.write(self.plan.block(index), &writers, dtype),
         )?;
         self.bank.adapters.iter().try_for_each(|adapter| adapter.still_unchanged())?;
-        writers.into_iter().try_for_each(Writer::finish)
+        Writer::finish(writers, watch)
     }
 
     /// The factor by which a target's sum takes a holder's tensor.

@@ -206,7 +206,7 @@ impl<'a> Sparse<'a> {
         let units = 2 * self.joints.len();
         each_on_threads(units, self.plan.threads, watch, Worker::default, work)?;
         reader.still_unchanged()?;
-        writers.into_iter().try_for_each(Writer::finish)
+        Writer::finish(writers, watch)
     }
 
     /// How the members of a factor are weighted.
@@ -252,9 +252,9 @@ impl<'a> Sparse<'a> {
             (0..joint.holders.len()).filter(|&holder| scheme.uses(holder)).collect();
         let mut cuts = vec![Cut::NONE; joint.holders.len()];
         if step < count {
-            numbers.resize(count.max(numbers.len()), 0.0);
-            let numbers = &mut numbers[..count];
             for &holder in used.iter().filter(|&&holder| scheme.cuts(holder)) {
+                numbers.resize(count.max(numbers.len()), 0.0);
+                let numbers = &mut numbers[..count];
                 reader.read(joint.holders[holder], factor, 0..count, bytes, numbers)?;
                 cuts[holder] = search.cut_here(kept, numbers)?;
             }

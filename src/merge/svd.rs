@@ -197,7 +197,7 @@ impl<'a> Svd<'a> {
         })?;
         reader.still_unchanged()?;
         self.terms.base.map_or(Ok(()), Base::still_unchanged)?;
-        writers.into_iter().try_for_each(Writer::finish)?;
+        Writer::finish(writers, watch)?;
         let of = |target: usize| found.iter().map(|module| module[target].clone()).collect();
         Ok(ranks.iter().enumerate().map(|(target, &rank)| (rank, of(target))).collect())
     }

@@ -141,7 +141,7 @@ impl<'a> Dense<'a> {
         };
         each_on_threads(self.joints.len(), self.plan.threads, watch, Worker::default, work)?;
         reader.still_unchanged()?;
-        writers.into_iter().try_for_each(Writer::finish)
+        Writer::finish(writers, watch)
     }
 
     /// Each module's sum for the first target, before its rank is brought down.
