@@ -24,6 +24,7 @@ from lorameta_rs.index import (
     make_fingerprints,
     nearest_distances,
 )
+from lorameta_rs.parts import StoredParts
 from lorameta_rs.relevance import leave_one_out_nearest
 from lorameta_rs.shape import delta_norms
 
@@ -59,6 +60,15 @@ def test_fingerprints_are_made_once(folder):
     assert after == before
     assert (again.left_out, again.notes) == ({}, [])
     assert len(again.fingerprints) == 3
+
+
+def test_what_was_made_is_read_from_its_files(folder):
+    """So that the parts of many datasets take no memory, and their counts lie side by side."""
+    bank = Bank(folder)
+    make_fingerprints(bank)
+    made = [bank.fingerprint(member) for member in bank.members]
+    assert all(isinstance(one.parts, StoredParts) for one in made)
+    assert np.shares_memory(bank.fingerprints.counts, made[0].counts)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import numpy as np
 from lorameta_rs import _core, distance, files
 from lorameta_rs._metrics import bank_rows
 from lorameta_rs.errors import InvalidBank, LoraMetaError, NotFinite, UnreadableFile
-from lorameta_rs.fingerprint import token_distribution
+from lorameta_rs.fingerprint import Fingerprint, token_distribution
 from lorameta_rs.relevance import leave_one_out_nearest
 
 if TYPE_CHECKING:
@@ -189,11 +189,15 @@ def make_fingerprints(
             found.save(path)
         except (UnreadableFile, PermissionError) as error:
             unwritable = unwritable or error
+        else:
+            bank.keep(member.name, Fingerprint.load(path))  # its parts stay in the file
     if unwritable is not None:
         bank.notes.append(
             f"fingerprints are made anew each time: {unwritable}\n"
             "keep them elsewhere with --fingerprints DIR"
         )
+    elif keep and made:
+        bank.forget_fingerprints()  # read again they lie side by side, and need no copy to stack
     if failed:
         bank.leave_out(failed)
     for note in _equal_datasets(bank):
@@ -205,10 +209,12 @@ def _equal_datasets(bank: Bank) -> list[str]:
     """Notes on members whose datasets have the same token counts."""
     rows = bank_rows(bank.fingerprints)
     sizes = Counter((row.total, len(row.ids)) for row in rows)
-    alike: dict[tuple[bytes, bytes], list[str]] = {}
+    alike: dict[bytes, list[str]] = {}
     for name, row in zip(bank.names, rows, strict=True):
         if sizes[row.total, len(row.ids)] > 1:  # the others, nearly all, need no look
-            alike.setdefault((row.ids.tobytes(), row.counts.tobytes()), []).append(name)
+            digest = hashlib.sha256(np.ascontiguousarray(row.ids).data)
+            digest.update(np.ascontiguousarray(row.counts).data)
+            alike.setdefault(digest.digest(), []).append(name)
     return [
         ", ".join(f"`{name}`" for name in names)
         + " have the same token counts: one dataset under several names counts several times"
