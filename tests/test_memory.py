@@ -20,6 +20,8 @@ from tokenizers import models, pre_tokenizers
 
 from lorameta_rs import Fingerprint
 from lorameta_rs.files import sha256
+from lorameta_rs.parts import Histogram
+from lorameta_rs.relations import NAMES
 
 BENCHES = Path(__file__).parents[1] / "benches"
 VOCABULARY = 32_000
@@ -52,8 +54,13 @@ def write_bank(folder, members, rank, files=1):
                 (member / file.name).hardlink_to(file)
         rng = np.random.default_rng(i)
         ids = np.sort(rng.choice(VOCABULARY, 5000, replace=False)).astype(np.uint32)
-        counts = rng.integers(1, 1000, 5000).astype(np.uint64)
-        Fingerprint(ids, counts, VOCABULARY, 100, digest).save(member / "fingerprint.safetensors")
+        # All have as many tokens: what tells equal datasets apart has to look at each.
+        counts = rng.permutation(5000).astype(np.uint64) + 1
+        Fingerprint(
+            *(ids, counts, VOCABULARY, 100, digest),
+            relations=rng.integers(1, 100, len(NAMES)).astype(np.uint64),
+            parts={name: Histogram(ids, counts) for name in ("definition", "input", "answer")},
+        ).save(member / "fingerprint.safetensors")
     rows = np.random.default_rng().integers(0, VOCABULARY, (2000, 50))
     text = "\n".join(" ".join(f"w{i}" for i in row) for row in rows)
     folder.with_suffix(".txt").write_text(text)
