@@ -241,7 +241,7 @@ fn drop_from_cache(path: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
-/// By positional reads of 1 MiB.
+/// By reads of 1 MiB.
 fn read_file(path: &Path) -> std::io::Result<f32> {
     let mut file = File::open(path)?;
     let mut buffer = vec![0; 1 << 20];

@@ -163,19 +163,12 @@ pub fn widest() -> Kernel {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{dtype::BLOCK, testing::narrowed};
-    use proptest::prelude::*;
+    use crate::{
+        dtype::BLOCK,
+        testing::{narrowed, numbers},
+    };
 
     const DTYPES: [Dtype; 4] = [Dtype::F32, Dtype::F16, Dtype::BF16, Dtype::Q8_0];
-
-    fn numbers(len: usize, seed: u32) -> Vec<f32> {
-        let mut state = seed.wrapping_mul(747_796_405).wrapping_add(1);
-        let next = || {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            (state >> 8) as f32 / (1 << 20) as f32 - 8.0
-        };
-        std::iter::repeat_with(next).take(len).collect()
-    }
 
     /// The sums by one plain loop, the columns one after another.
     fn plain(sums: &mut [f32], stride: usize, rows: &[Vec<f32>], weights: &[f32]) {
@@ -334,143 +327,6 @@ mod tests {
                     weights[targets + target] = f32::INFINITY;
                     assert!(!sum(&mut sums, &weights), "{} {dtype} {at}", kernel.name);
                 }
-            }
-        }
-    }
-
-    #[test]
-    fn every_half_is_widened_as_the_half_crate_does() {
-        let all: Vec<u16> = (0..=u16::MAX).collect();
-        let bytes: Vec<u8> = all.iter().flat_map(|x| x.to_le_bytes()).collect();
-        for kernel in available() {
-            let mut got = vec![0.0; all.len()];
-            let check = |got: &[f32], expected: fn(u16) -> f32| {
-                for (&half, &got) in all.iter().zip(got) {
-                    let expected = expected(half);
-                    let same = got.to_bits() == expected.to_bits();
-                    assert!(same || (got.is_nan() && expected.is_nan()), "{half:#06x}: {got}");
-                }
-            };
-            (kernel.widen)(Dtype::F16, &bytes, &mut got);
-            check(&got, |half| half::f16::from_bits(half).to_f32());
-            (kernel.widen)(Dtype::BF16, &bytes, &mut got);
-            check(&got, |half| half::bf16::from_bits(half).to_f32());
-        }
-    }
-
-    #[test]
-    fn numbers_are_narrowed_as_the_half_crate_does() {
-        // Every half with what lies beside it and half way to its neighbours, and numbers of all sizes.
-        let beside = |half: u32, shift: u32| {
-            let middle = 1u32 << (shift - 1);
-            [0, 1, middle - 1, middle, middle + 1].map(|more| (half << shift) + more)
-        };
-        let halves = (0..=u16::MAX).flat_map(|half| {
-            let f16 = half::f16::from_bits(half).to_f32().to_bits() >> 13;
-            [beside(f16, 13), beside(u32::from(half), 16)].concat()
-        });
-        let all = halves.chain((0..=u32::MAX).step_by(4099));
-        let numbers: Vec<f32> = all.map(f32::from_bits).collect();
-        for kernel in available() {
-            let check = |dtype: Dtype, expected: fn(f32) -> f32| {
-                let (mut bytes, mut got) = (vec![0; 2 * numbers.len()], vec![0.0; numbers.len()]);
-                assert!(!(kernel.narrow)(dtype, &numbers, &mut bytes));
-                (kernel.widen)(dtype, &bytes, &mut got);
-                for (x, got) in numbers.iter().zip(got) {
-                    let expected = expected(*x);
-                    let same = got.to_bits() == expected.to_bits();
-                    let bits = x.to_bits();
-                    assert!(same || (got.is_nan() && x.is_nan()), "{bits:#x}: {got} {expected}");
-                }
-            };
-            check(Dtype::F16, |x| half::f16::from_f32(x).to_f32());
-            check(Dtype::BF16, |x| half::bf16::from_f32(x).to_f32());
-        }
-    }
-
-    #[test]
-    fn the_largest_finite_number_is_told_from_the_next() {
-        let cases = [
-            (Dtype::F16, 65_519.996, 65_520.0),
-            (Dtype::BF16, f32::from_bits(0x7f7f_7fff), f32::from_bits(0x7f7f_8000)),
-            (Dtype::Q8_0, 65_519.996 * 127.0, 65_520.5 * 127.0),
-            (Dtype::F32, f32::MAX, f32::INFINITY),
-        ];
-        for ((dtype, most, more), kernel) in
-            cases.into_iter().flat_map(|case| available().into_iter().map(move |k| (case, k)))
-        {
-            for at in 0..2 * BLOCK {
-                let mut numbers = [1.0; 2 * BLOCK];
-                let mut bytes = vec![0; dtype.size(numbers.len())];
-                for (number, finite) in
-                    [(most, true), (-most, true), (more, false), (-more, false), (f32::NAN, false)]
-                {
-                    numbers[at] = number;
-                    let told = (kernel.narrow)(dtype, &numbers, &mut bytes);
-                    assert_eq!(told, finite, "{} {dtype}: {number} at {at}", kernel.name);
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn blocks_are_packed_to_the_nearest_step() {
-        for kernel in available() {
-            for (seed, size) in [(1, 1.0), (2, 1e-4), (3, 3e4), (4, 1e-9), (5, 0.0)] {
-                let numbers = numbers(4 * BLOCK, seed).iter().map(|x| x * size).collect::<Vec<_>>();
-                let mut bytes = vec![0; Dtype::Q8_0.size(numbers.len())];
-                assert!((kernel.narrow)(Dtype::Q8_0, &numbers, &mut bytes), "{}", kernel.name);
-                for (block, numbers) in
-                    bytes.as_chunks::<{ 2 + BLOCK }>().0.iter().zip(numbers.chunks(BLOCK))
-                {
-                    let largest = numbers.iter().fold(0f32, |largest, x| largest.max(x.abs()));
-                    let step = largest / 127.0;
-                    let scale = half::f16::from_f32(step).to_le_bytes();
-                    assert_eq!(block[..2], scale, "{}", kernel.name);
-                    for (&byte, x) in block[2..].iter().zip(numbers) {
-                        let exact = if step == 0.0 { 0.0 } else { f64::from(*x) / f64::from(step) };
-                        let error = (f64::from(byte as i8) - exact).abs();
-                        assert!(error <= 0.5 + 1e-4, "{}: {byte} {exact}", kernel.name);
-                    }
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn packed_blocks_are_a_half_times_signed_bytes() {
-        // Every scale that a file may hold, with every byte.
-        for (first, kernel) in (0..=u16::MAX).step_by(97).zip(available().iter().cycle()) {
-            let scale = half::f16::from_bits(first);
-            for bytes in (0..=255u8).collect::<Vec<_>>().chunks(BLOCK) {
-                let block = [&[0], &scale.to_le_bytes()[..], bytes].concat();
-                let mut got = vec![0.0; BLOCK];
-                (kernel.widen)(Dtype::Q8_0, &block[1..], &mut got);
-                for (got, &byte) in got.iter().zip(bytes) {
-                    let expected = f64::from(scale) * f64::from(byte as i8);
-                    let same = f64::from(*got) == expected || (got.is_nan() && expected.is_nan());
-                    assert!(same, "{}: {scale} {byte}: {got}", kernel.name);
-                }
-            }
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn doubles_are_rounded_and_floats_kept(doubles: Vec<f64>, skip in 0usize..8) {
-            // Bytes at any alignment: a tensor may begin anywhere in a file.
-            let mut bytes = vec![0; skip];
-            bytes.extend(doubles.iter().flat_map(|x| x.to_le_bytes()));
-            for kernel in available() {
-                let mut got = vec![0.0; doubles.len()];
-                (kernel.widen)(Dtype::F64, &bytes[skip..], &mut got);
-                for (got, double) in got.iter().zip(&doubles) {
-                    prop_assert!(*got == *double as f32 || double.is_nan());
-                }
-                let floats: Vec<u8> = got.iter().flat_map(|x| x.to_le_bytes()).collect();
-                let mut again = vec![0.0; doubles.len()];
-                (kernel.widen)(Dtype::F32, &floats, &mut again);
-                prop_assert!(got.iter().zip(&again).all(|(a, b)| a.to_bits() == b.to_bits()));
             }
         }
     }

@@ -74,6 +74,16 @@ impl Spec {
     }
 }
 
+/// Numbers from −8 to 8 that depend on a seed.
+pub(crate) fn numbers(len: usize, seed: u32) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(747_796_405).wrapping_add(1);
+    let next = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 8) as f32 / (1 << 20) as f32 - 8.0
+    };
+    std::iter::repeat_with(next).take(len).collect()
+}
+
 /// Numbers as the bytes of a type.
 pub(crate) fn narrowed(dtype: Dtype, numbers: &[f32]) -> Vec<u8> {
     let mut bytes = vec![0; dtype.size(numbers.len())];

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -89,6 +90,18 @@ def test_names_that_differ_in_case_only(make_bank):
     bank = Bank(written.folder)
     told = [note for note in bank.notes if "the names `A`, `a` differ in case only" in note]
     assert bool(told) == (bank.names == ["A", "a"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux")
+def test_a_bank_is_opened_in_a_forked_process_too(make_bank):
+    folder = make_bank(["a", "b", "c"]).folder
+    here = Bank(folder).names
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply_async(_names, [folder]).get(timeout=60) == here
+
+
+def _names(folder):
+    return Bank(folder).names
 
 
 def test_members_are_sorted_and_others_no_members(make_bank):

@@ -85,6 +85,13 @@ def test_what_cannot_be_asked(lorameta, base, adapter, files, tmp_path):
     (tmp_path / "plain.txt").write_text("a\nb")
     status, _, err = lorameta("evaluate", base, "--dataset", tmp_path / "plain.txt")
     assert (status, "row 1 has no answer" in err) == (1, True)
+    rows = [json.loads(row) for row in dataset.read_text().splitlines()[:4]]
+    rows[1]["output"] = ""
+    (tmp_path / "some.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    status, _, err = lorameta("evaluate", base, "--dataset", tmp_path / "some.jsonl")
+    assert (status, "row 2 has no answer" in err) == (1, True), err
+    status, _, err = lorameta("try", base, adapter, "--prompt", "x", "--rows", "3")
+    assert (status, "--rows has no effect beside --prompt" in err) == (2, True), err
     status, _, err = lorameta("evaluate", tmp_path / "none.gguf", "--dataset", dataset)
     assert (status, "none.gguf" in err) == (1, True)
     status, _, err = lorameta("evaluate", adapter, "--dataset", dataset)

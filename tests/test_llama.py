@@ -91,6 +91,13 @@ def test_what_cannot_be_is_said(llama, gguf, golden, tmp_path):
         pass
 
 
+def test_a_server_that_has_died_is_named(gguf):
+    with Llama(gguf / "base.gguf", [], context=64, slots=1) as llama:
+        pass
+    with pytest.raises(InvalidSetting, match=r"base.gguf`: llama.cpp has ended: "):
+        llama.answers([[5, 6]], (), most_tokens=1)
+
+
 def test_it_is_gone_after_the_block(gguf, capfd):
     with Llama(gguf / "base.gguf", context=64, slots=1) as llama:
         address = llama._address

@@ -282,6 +282,19 @@ def test_a_budget_that_is_too_small_is_refused_before_the_work(lorameta, bank, b
     assert not (tmp_path / "work").exists()
 
 
+def test_the_candidates_are_the_nearest_whatever_their_coefficients(lorameta, bank, base, tmp_path):
+    (tmp_path / "near.jsonl").write_text(rows_of(3))
+    command = ["merge", bank, tmp_path / "near.jsonl", "-o", tmp_path / "out", "--json"]
+    few = ("--rows", "8", "--budget", "20", "--candidates", "1", "--pipeline", "uniform")
+    status, out, err = lorameta(*command, "--refine", base, *few)
+    assert status == 0, err
+    _, ranked, _ = lorameta("rank", bank, tmp_path / "near.jsonl", "--json")
+    nearest = min(json.loads(ranked)["members"], key=lambda one: one["distance"])["name"]
+    assert nearest != MEMBERS[0], "that would be the first by equal coefficients"
+    weights = json.loads(out)["jobs"][0]["refined"]["weights"]
+    assert [name for name in weights if name in MEMBERS] == [nearest]
+
+
 def test_rows_are_drawn_apart_with_the_seed(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_text(rows_of(1, 500))

@@ -66,14 +66,14 @@ class Rows:
         Raises:
             InvalidDataset: It does not tell answers from questions, or cannot be read.
         """
-        found = list(islice(examples(dataset, columns=columns), most))
-        told = [row for row in found if isinstance(row, Example) and row.answer]
-        if len(told) < len(found) or not found:
-            number = next((n for n, row in enumerate(found, 1) if row not in told), 1)
-            raise InvalidDataset(
-                f"`{dataset}`: row {number} has no answer apart from its question\n"
-                "expected fields such as `input` and `output`; --columns names others"
-            )
+        told: list[Example] = []
+        for row in islice(examples(dataset, columns=columns), most):
+            if not (isinstance(row, Example) and row.answer):
+                raise InvalidDataset(
+                    f"`{dataset}`: row {len(told) + 1} has no answer apart from its question\n"
+                    "expected fields such as `input` and `output`; --columns names others"
+                )
+            told.append(row)
         return cls([row.before for row in told], [row.answer for row in told], tokenizer)
 
 
