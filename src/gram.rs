@@ -139,19 +139,26 @@ fn factor_gram(
     Buffers { bytes, numbers, wide, .. }: &mut Buffers,
     gram: &mut Vec<f64>,
 ) -> Result<()> {
-    /// Columns of A, or rows of B, that are taken at a time.
-    const PART: usize = 256;
+    /// Numbers that are taken at a time, unless the rank asks for more.
+    const PART: usize = 1 << 16;
+    /// Columns of A, or rows of B, that a product needs at least to be worth its call.
+    const LEAST: usize = 256;
     let layout = &reader.adapters[share.adapter].layout;
     let rank = share.rank;
     let module = &layout.modules[share.module];
     let length = layout.tensors[module.tensor(factor)].len() / (rank * module.experts);
     gram.clear();
     gram.resize(rank * rank, 0.0);
-    for from in (0..length).step_by(PART) {
-        let part = from..length.min(from + PART);
+    let step = LEAST.max(PART / rank);
+    for from in (0..length).step_by(step) {
+        let part = from..length.min(from + step);
         numbers.clear();
         numbers.resize(rank * part.len(), 0.0);
         match factor {
+            // All columns at once lie one behind the other, and are one read.
+            Factor::A if part.len() == length => {
+                reader.read(share, factor, 0..numbers.len(), bytes, numbers)?;
+            }
             Factor::A => {
                 for (row, into) in numbers.chunks_exact_mut(part.len()).enumerate() {
                     let place = row * length;

@@ -188,6 +188,14 @@ def golden():
     return GOLDEN
 
 
+@pytest.fixture(scope="session")
+def peft_bank(golden, tmp_path_factory):
+    """The bank of the adapters that PEFT has combined: a copy, because merges index it."""
+    return shutil.copytree(
+        golden / "peft_combine" / "adapters", tmp_path_factory.mktemp("peft") / "adapters"
+    )
+
+
 def screen(reader):
     """What was written to a terminal whose programs have ended."""
     written = b""

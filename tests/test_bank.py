@@ -384,7 +384,7 @@ def test_a_dataset_that_is_not_where_it_is_said_to_be(make_bank):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not have such names")
-def test_a_name_that_is_not_utf_8(make_bank, tmp_path):
+def test_a_name_that_is_not_utf_8(make_bank, lorameta):
     written = make_bank()
     odd = os.fsencode(written.folder) + b"/bad_\xff\xfe"
     shutil.copytree(written.folder / "a", os.fsdecode(odd))
@@ -396,6 +396,8 @@ def test_a_name_that_is_not_utf_8(make_bank, tmp_path):
     with io.TextIOWrapper(io.BytesIO(), encoding="utf-8") as screen:
         print(bank.names, bank.left_out, bank.notes, *bank.left_out.values(), file=screen)
     assert Bank(written.folder, exclude=["bad_*"]).left_out == {}
+    status, _, err = lorameta("inspect", written.folder)
+    assert (status, r"bad_\xff\xfe`: the folder's name is not UTF-8" in err) == (1, True)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not have such names")

@@ -71,7 +71,7 @@ def test_what_cannot_be_used_is_said_and_is_status_1(written, lorameta):
     written.weights("a").write_bytes(b"no tensors")
     status, out, err = lorameta("inspect", written.folder)
     assert (status, len(out.splitlines())) == (1, 3)
-    assert err.startswith(f"error: `{written.folder / 'a'}`: ")
+    assert err.startswith(f"error: `{written.weights('a')}`: ")
     status, out, _ = lorameta("inspect", written.folder, "--json")
     assert (status, [one["usable"] for one in json.loads(out)["adapters"]]) == (1, [False, True])
 

@@ -135,10 +135,10 @@ def test_threads_and_other_targets_do_not_matter(mixed, tmp_path):
     assert len(third) == len(first)
 
 
-def test_the_change_is_what_peft_adds_to_the_base(tmp_path):
+def test_the_change_is_what_peft_adds_to_the_base(peft_bank, tmp_path):
     base, _ = reference.read(GOLDEN / "base" / "model.safetensors")
     merged, _ = reference.read(GOLDEN / "dora_merged.safetensors")
-    bank = Bank(GOLDEN / "adapters", base_weights=GOLDEN / "base", exclude=["*saved*", "*embed*"])
+    bank = Bank(peft_bank, base_weights=GOLDEN / "base", exclude=["*saved*", "*embed*"])
     chosen = np.array([float(name == "s_dora") for name in bank.names])
     merge(bank, [Job(chosen, tmp_path / "out")], Options(rank=32))
     tensors, _ = reference.read(tmp_path / "out" / WEIGHTS)

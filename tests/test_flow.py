@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 
 from lorameta_rs import Bank, generate
 from lorameta_rs.errors import InvalidBank, NotFinite
-from lorameta_rs.flow import leave_out_faulty, without_faulty
-from lorameta_rs.index import hash_adapters
+from lorameta_rs.flow import without_faulty
 from lorameta_rs.merge import Options
 from lorameta_rs.ranking import Settings
 
@@ -72,24 +69,15 @@ def test_generate_makes_nothing_of_bad_members_alone(written, new, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_members_are_found_in_one_pass_over_what_the_index_lacks(written):
-    bank, told = Bank(written.folder), []
-    assert not leave_out_faulty(bank, told.append)
-    assert told == list(TEXTS)
-    hash_adapters(bank)
-    for name in "ab":
-        stat = written.weights(name).stat()
-        spoil(written, name)
-        if name == "a":  # as the index has it, whatever it holds
-            os.utime(written.weights(name), ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    spoil(written, "d")
+def test_a_second_choice_is_as_good_as_the_first(written, new, tmp_path):
+    nearest = generate(written.folder, new, tmp_path / "all").nearest_first()
+    first, second, third = (sorted(TEXTS)[i] for i in nearest[:3])
+    spoil(written, first, second)
     bank = Bank(written.folder)
-    assert leave_out_faulty(bank)
-    assert (bank.names, list(bank.left_out)) == (["a", "c"], ["b", "d"])
-    for name, error in bank.left_out.items():
-        assert str(error).startswith(
-            f"`{written.weights(name)}`: `{list(written.numbers[name])[-1]}`"
-        )
+    found = generate(bank, new, tmp_path / "out", settings=Settings(top_k=1))
+    # One after the other was the nearest of those that were left, and turned out to be bad.
+    assert list(bank.left_out) == [first, second]
+    assert found.names[int(np.argmax(found.coefficients))] == third
 
 
 def test_what_is_no_fault_of_a_member_is_not_tried_again(written):
@@ -100,5 +88,5 @@ def test_what_is_no_fault_of_a_member_is_not_tried_again(written):
         raise NotFinite("the weighted sum is beyond the range of F16")
 
     with pytest.raises(NotFinite, match="beyond the range"):
-        without_faulty(bank := Bank(written.folder), Options(), make)
+        without_faulty(bank := Bank(written.folder), make)
     assert (len(tries), bank.names) == (1, list(TEXTS))

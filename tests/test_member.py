@@ -66,13 +66,14 @@ def test_malformed_is_usable(name, entry, tmp_path):
     assert isinstance(member, Member)
     notes = "\n".join(member.notes)
     assert bool(notes) == (entry["expect"] == "warn" and name not in SEEN_LATER)
-    if name in SEEN_LATER:
-        return
-    for expected in entry["message_should_name"]:
-        assert expected in notes
     # And it is what a merge of nothing else gives.
     shutil.copytree(MALFORMED / entry["path"], tmp_path / "bank" / name)
-    Bank(tmp_path / "bank").merge([1.0], tmp_path / "out")
+    bank = Bank(tmp_path / "bank")
+    bank.merge([1.0], tmp_path / "out", allow_nan=name == "inf_in_A")
+    said = "\n".join(bank.notes)
+    if not name.startswith("config_base"):  # which are odd beside others alone
+        for expected in entry["message_should_name"]:
+            assert expected in said
     got, _ = reference.read(tmp_path / "out" / WEIGHTS)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     scaling = config["lora_alpha"] / config["r"]

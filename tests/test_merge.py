@@ -531,16 +531,15 @@ def test_progress_rises_to_the_end(large_bank, tmp_path):
 
 
 def test_verified_hashes(make_bank, tmp_path):
-    from lorameta_rs.index import Index, hash_adapters
+    from lorameta_rs.index import hash_adapters
 
     written = make_bank()
     bank = Bank(written.folder)
     bank.merge([1.0, 1.0, 0.0], tmp_path / "unindexed", verify=True, method="soup")
     hash_adapters(bank)
     bank.merge([1.0, 1.0, 0.0], tmp_path / "indexed", verify=True, method="soup")
-    index = Index.of(bank)
+    index = bank.index
     index.adapters["b"] = dataclasses.replace(index.adapters["b"], sha256="0" * 64)
-    index.save()
     with pytest.raises(FileChanged, match=r"b.*SHA-256 .*, the index recorded\s+000000000000"):
         bank.merge([1.0, 1.0, 0.0], tmp_path / "changed", verify=True, method="soup")
     bank.merge([1.0, 0.0, 1.0], tmp_path / "changed", verify=True, method="soup")

@@ -15,14 +15,13 @@ HALVES = ("a_r8=0.5", "b_r8=0.5")
 
 
 @pytest.fixture
-def merged(lorameta, golden, tmp_path):
+def merged(lorameta, golden, peft_bank, tmp_path):
     def run(out, *words, base=True):
-        bank = golden / "peft_combine" / "adapters"
         options = [word for half in HALVES for word in ("--weights", half)]
         if base:
             options += ["--base-config", golden / "peft_combine" / "base"]
         given = ["--method", "soup", "--base-model", "any", *words]
-        return lorameta("merge", bank, "-o", tmp_path / out, *options, *given)
+        return lorameta("merge", peft_bank, "-o", tmp_path / out, *options, *given)
 
     return run
 

@@ -35,8 +35,8 @@ PLAIN = {
 
 
 @pytest.fixture(scope="module")
-def bank():
-    return Bank(GOLDEN / "adapters")
+def bank(peft_bank):
+    return Bank(peft_bank)
 
 
 def combined(bank, case, out, **options):
@@ -140,23 +140,29 @@ def test_dense_forms_say_what_they_take(bank, tmp_path):
         combined(bank, case, tmp_path / "out", density=0.5, memory=1000)
 
 
-def test_factors_alone_are_taken_of_what_is_more(tmp_path, lorameta):
-    adapters = GOLDEN / "adapters"
+def test_factors_alone_are_taken_of_what_is_more(tmp_path, lorameta, peft_bank):
     weights = ("--weights", "s_dora=0.5", "--weights", "s_head_saved=0.25")
-    status, _, err = lorameta("merge", adapters, *weights, "-o", tmp_path / "out")
+    status, _, err = lorameta("merge", peft_bank, *weights, "-o", tmp_path / "out")
     assert status == 1
     assert "--drop-unsupported takes its factors alone" in err
     status, _, err = lorameta(
-        "merge", adapters, *weights, "-o", tmp_path / "out", "--drop-unsupported", "--method", "cat"
+        "merge",
+        peft_bank,
+        *weights,
+        "-o",
+        tmp_path / "out",
+        "--drop-unsupported",
+        "--method",
+        "cat",
     )
     assert status == 0
     assert "`s_dora`: `use_dora` is true, and is left out" in err
     assert "`s_head_saved`: `modules_to_save` is a list, and is left out" in err
     got = products(reference.read(tmp_path / "out" / WEIGHTS)[0])
-    members = {member.name: member for member in Bank(adapters, drop_unsupported=True).members}
+    members = {member.name: member for member in Bank(peft_bank, drop_unsupported=True).members}
     for name, weight in (("s_dora", 0.5), ("s_head_saved", 0.25)):
         own = products(
-            {n: t for n, t in reference.read(adapters / name / WEIGHTS)[0].items() if "lora_" in n}
+            {n: t for n, t in reference.read(peft_bank / name / WEIGHTS)[0].items() if "lora_" in n}
         )
         for module, product in own.items():
             scaling = dict(

@@ -91,10 +91,9 @@ def test_merge_says_how_to_run_its_result(lorameta, tmp_path):
     assert "--max-lora-rank" not in said + err
 
 
-def test_a_command_that_would_be_refused_is_not_said(lorameta, golden, tmp_path):
-    bank = golden / "peft_combine" / "adapters"
+def test_a_command_that_would_be_refused_is_not_said(lorameta, peft_bank, tmp_path):
     given = ["--weights", "s_embed=1", "--method", "soup", "-o", tmp_path / "out"]
-    status, said, err = lorameta("merge", bank, *given)
+    status, said, err = lorameta("merge", peft_bank, *given)
     assert status == 0, err
     assert "vLLM serves linear layers alone" in err
     assert "PeftModel.from_pretrained(model, " in said + err
@@ -102,8 +101,7 @@ def test_a_command_that_would_be_refused_is_not_said(lorameta, golden, tmp_path)
         assert "vllm serve" not in text
 
 
-def test_the_card_has_the_base_that_was_given(lorameta, golden, tmp_path, monkeypatch):
-    bank = golden / "peft_combine" / "adapters"
+def test_the_card_has_the_base_that_was_given(lorameta, golden, peft_bank, tmp_path, monkeypatch):
     base = tmp_path / "models" / "base.gguf"
     base.parent.mkdir()
     shutil.copy(golden / "interop" / "gguf" / "base.gguf", base)
@@ -114,6 +112,6 @@ def test_the_card_has_the_base_that_was_given(lorameta, golden, tmp_path, monkey
         ("in/out", "models/base.gguf", "./../models/base.gguf"),
         ("whole", base, base),
     ):
-        assert lorameta("merge", bank, *given, path, "-o", out)[0] == 0
+        assert lorameta("merge", peft_bank, *given, path, "-o", out)[0] == 0
         card = (tmp_path / out / "README.md").read_text()
         assert f"llama-cli -m {seen} --lora {Path(out).name}/adapter.gguf" in card

@@ -262,7 +262,7 @@ def test_auto_leaves_a_soup_out_where_ranks_differ(real, tmp_path):
 def test_auto_says_why(real, frozen, tmp_path, lorameta):
     def said(bank, weights, *more):
         given = [word for pair in weights for word in ("--weights", pair)]
-        status, _, err = lorameta("merge", bank, *given, "-o", tmp_path, "--dry-run", *more)
+        status, _, err = lorameta("merge", bank, *given, "-o", tmp_path / "out", "--dry-run", *more)
         assert status == 0, err
         return [line for line in err.splitlines() if line.startswith("method ")]
 

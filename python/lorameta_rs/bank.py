@@ -24,6 +24,7 @@ from lorameta_rs.errors import (
     UnreadableFile,
 )
 from lorameta_rs.formats.base import heads_in
+from lorameta_rs.index import Index
 from lorameta_rs.member import GGUF, MLX_WEIGHTS, PICKLE, WEIGHTS, Member, open_members
 from lorameta_rs.modules import other_shape, usual_shapes
 from lorameta_rs.provenance import FILE_NAME as PROVENANCE
@@ -101,12 +102,12 @@ class Bank:
         found = [one for one in members if not _matches(one.name, self._patterns)]
         if members and not found:
             raise InvalidBank(f"`{self.folder}`: --exclude leaves no member")
-        folders = [folder for folder in found if _printable(folder.name) == folder.name]
-        for odd in set(found) - set(folders):
-            name = _printable(odd.name)
-            self.left_out[name] = InvalidBank(
-                f"`{self.folder / name}`: the folder's name is not UTF-8; give it another"
-            )
+        folders = [folder for folder in found if misnamed(folder) is None]
+        self.left_out |= {
+            _printable(folder.name): fault
+            for folder in found
+            if (fault := misnamed(folder)) is not None
+        }
         opened_members = open_members(
             folders, drop_unsupported, heads_in(self.folder), dora=base_weights is not None
         )
@@ -201,6 +202,11 @@ class Bank:
     def index_path(self) -> Path:
         """Where `index` keeps what later commands would compute again."""
         return (self._fingerprints_folder or self.folder) / "index.json"
+
+    @cached_property
+    def index(self) -> Index:
+        """What `index` has kept, and what has been found since, in this run."""
+        return Index.of(self)
 
     def dataset(self, member: Member) -> Path | None:
         """A member's dataset, if it has one."""
@@ -384,6 +390,15 @@ def member_folders(bank: Path) -> list[Path]:
     with files.refusals(bank):
         entries = sorted(bank.iterdir(), key=lambda path: path.name)
     return [entry for entry in entries if _is_member(entry)]
+
+
+def misnamed(folder: Path) -> InvalidBank | None:
+    """What is wrong with a member's name, if anything."""
+    name = _printable(folder.name)
+    if name == folder.name:
+        return None
+    odd = folder.with_name(name)
+    return InvalidBank(f"`{odd}`: the folder's name is not UTF-8; give it another")
 
 
 def _is_member(folder: Path) -> bool:

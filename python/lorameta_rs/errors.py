@@ -5,6 +5,11 @@ Every message names the file, the tensor, field or row, what was expected and wh
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
 
 class LoraMetaError(Exception):
     """The input cannot be used. The command line prints the message and exits with status 1."""
@@ -34,6 +39,15 @@ class LayoutMismatch(LoraMetaError, ValueError):
 
 class NotFinite(LoraMetaError, ValueError):
     """A tensor holds NaN or infinity, or a sum of finite numbers left the range of its type."""
+
+
+class FaultyMembers(NotFinite):
+    """Members to be combined hold NaN or infinity; `reasons` says of each by name which tensor."""
+
+    def __init__(self, reasons: Mapping[str, NotFinite]) -> None:
+        self.reasons = reasons
+        more = f"\n{len(reasons) - 1} more hold such numbers" if len(reasons) > 1 else ""
+        super().__init__(f"{next(iter(reasons.values()))}{more}")
 
 
 class FileChanged(LoraMetaError):

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from lorameta_rs.bank import Bank
 from lorameta_rs.calibration import kept, ranked
-from lorameta_rs.errors import NotFinite
+from lorameta_rs.errors import FaultyMembers
 from lorameta_rs.fingerprint import token_distribution
-from lorameta_rs.index import Index, leave_out_not_finite, make_fingerprints, norms_or_fault
+from lorameta_rs.index import leave_out_not_finite, make_fingerprints
 from lorameta_rs.merge import Job, Options, merge
 from lorameta_rs.ranking import Ranking, Settings
 
@@ -58,51 +58,20 @@ def norms_of(jobs: Sequence[Job], settings: Settings | Calibration) -> str | Non
     return settings.normalize if used else None
 
 
-def leave_out_faulty(bank: Bank, progress: Callable[[str], None] | None = None) -> bool:
-    """Leave out the members that hold NaN or infinity, after a look at all that the index lacks.
-
-    Args:
-        bank: `bank.left_out` takes them, each with the tensor.
-        progress: Told each member's name before its turn.
-
-    Returns:
-        Whether there are any.
-
-    Raises:
-        InvalidBank: None remains.
-    """
-    index, found = Index.of(bank), {}
-    for member in bank.members:
-        if progress is not None:
-            progress(member.name)
-        if index.norms(member) is None and (fault := norms_or_fault(member)[1]) is not None:
-            found[member.name] = NotFinite(fault)
-    if found:
-        bank.leave_out(found)
-    return bool(found)
-
-
-def without_faulty(
-    bank: Bank,
-    options: Options,
-    make: Callable[[], Made],
-    look: Callable[[Bank], bool] = leave_out_faulty,
-) -> Made:
+def without_faulty(bank: Bank, make: Callable[[], Made]) -> Made:
     """What `make` makes of a bank, without the members that turn out to hold NaN or infinity.
 
-    Of a bank that was not indexed, nobody knows before tensors are summed. Then all such members
-    are left out at once, and `make` begins again: it compares, and merges.
+    Of a member that was not indexed, nobody knows before it is to be merged. Then it is left out,
+    and `make` begins again: it compares, and merges.
 
     Raises:
-        NotFinite: No member is to blame, or `options` let NaN by.
         InvalidBank: No member remains.
     """
-    try:
-        return make()
-    except NotFinite:
-        if options.allow_nan or not look(bank):
-            raise
-    return make()
+    while True:
+        try:
+            return make()
+        except FaultyMembers as error:
+            bank.leave_out(error.reasons)
 
 
 def generate(
@@ -159,4 +128,4 @@ def generate(
         assert job.ranking is not None
         return job.ranking
 
-    return without_faulty(bank, run, make)
+    return without_faulty(bank, make)

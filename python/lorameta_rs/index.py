@@ -9,20 +9,27 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from array import array
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lorameta_rs import _core, distance, files
 from lorameta_rs._metrics import bank_rows
-from lorameta_rs.errors import InvalidBank, LoraMetaError, NotFinite, UnreadableFile
+from lorameta_rs.errors import (
+    FileChanged,
+    InvalidBank,
+    LoraMetaError,
+    NotFinite,
+    UnreadableFile,
+)
 from lorameta_rs.fingerprint import Fingerprint, token_distribution
 from lorameta_rs.relevance import leave_one_out_nearest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from lorameta_rs._metrics import Floats
@@ -35,22 +42,24 @@ FORMAT = 1
 _QUICK = 150
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class AdapterRecord:
     """Which file a hash was made of, to see later whether it is still the same."""
 
     sha256: str
     size: int
     mtime_ns: int
-    norms: list[float] | None = None
+    norms: array[float] | None = None
     """‖B A‖ in each of its modules, without the scaling; None where they cannot be computed."""
     fault: str | None = None
     """Why they cannot: which tensor holds NaN or infinity."""
+    zeros: list[str] | None = None
+    """Which tensors hold only zeros, where a norm is zero."""
 
     def is_sound(self) -> bool:
         """Whether its values are of their kinds: somebody else may have written to the file."""
-        sound = isinstance(self.sha256, str) and isinstance(self.fault, str | None)
-        return sound and all(_is_norm(norm) for norm in self.norms or [])
+        texts = (self.sha256, self.fault or "", *(self.zeros or []))
+        return isinstance(self.norms, array | None) and all(isinstance(one, str) for one in texts)
 
     def is_of(self, member: Member) -> bool:
         """Whether the member's file has the size and time recorded here."""
@@ -71,7 +80,7 @@ class Index:
         path = bank.index_path
         try:
             with files.reading(path) as file:
-                found = json.load(file)
+                found = json.load(file, object_hook=_packed)
             if found["format"] != FORMAT:
                 return cls(path)
             adapters = {name: AdapterRecord(**one) for name, one in found["adapters"].items()}
@@ -82,17 +91,18 @@ class Index:
 
     def save(self) -> None:
         """Write it; errors as `files.write_whole`."""
-        adapters = {name: vars(record) for name, record in sorted(self.adapters.items())}
+        adapters = {name: asdict(record) for name, record in sorted(self.adapters.items())}
         content = {"format": FORMAT, "adapters": adapters, "nearest": self.nearest}
+        text = json.dumps(content, indent=1, default=list) + "\n"
         try:
             with files.refusals(self.path.parent):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-            files.write_whole(self.path, (json.dumps(content, indent=1) + "\n").encode())
+            files.write_whole(self.path, text.encode())
         except UnreadableFile as error:
             hint = "keep it elsewhere with --fingerprints DIR"
             raise type(error)(error.errno, f"{error.strerror}\n{hint}", error.filename) from error
 
-    def norms(self, member: Member) -> list[float] | None:
+    def norms(self, member: Member) -> Sequence[float] | None:
         """The recorded norms of a member's modules, as `sha256` of its hash."""
         record = self._record(member)
         kept = None if record is None else record.norms
@@ -108,6 +118,11 @@ class Index:
         record = self._record(member)
         return None if record is None else record.fault
 
+    def zeros(self, member: Member) -> list[str]:
+        """Which tensors of a member were found to hold only zeros, as `sha256` of its hash."""
+        record = self._record(member)
+        return [] if record is None else record.zeros or []
+
     def _record(self, member: Member) -> AdapterRecord | None:
         record = self.adapters.get(member.name)
         return record if record is not None and record.is_of(member) else None
@@ -119,17 +134,31 @@ def leave_out_not_finite(bank: Bank) -> None:
     Raises:
         InvalidBank: None remains.
     """
-    index = Index.of(bank)
-    for member in bank.members:
-        pairs = zip(member.modules, index.norms(member) or [], strict=False)
+    note_idle(bank, bank.members)
+    bank.leave_out(faults(bank, bank.members))
+
+
+def faults(bank: Bank, members: Sequence[Member]) -> dict[str, NotFinite]:
+    """Those of these members that the index knows to hold NaN or infinity, and where."""
+    known = {member.name: bank.index.fault(member) for member in members}
+    return {name: NotFinite(fault) for name, fault in known.items() if fault is not None}
+
+
+def note_idle(bank: Bank, members: Sequence[Member]) -> None:
+    """Note the modules in which the index knows members to add nothing."""
+    for member in members:
+        pairs = zip(member.modules, bank.index.norms(member) or [], strict=False)
         if idle := [module.name for module, norm in pairs if norm == 0]:
-            more = f" and {len(idle) - 1} more" if len(idle) > 1 else ""
+            zeros = bank.index.zeros(member)
             bank.note(
-                f"`{member.name}` changes nothing in `{idle[0]}`{more}: its `lora_B` or `lora_A` "
-                "holds only zeros"
+                f"`{member.name}` changes nothing in {_and_more(idle)}"
+                + (f"; only zeros are in {_and_more(zeros)}" if zeros else "")
             )
-    faults = {member.name: index.fault(member) for member in bank.members}
-    bank.leave_out({name: NotFinite(fault) for name, fault in faults.items() if fault is not None})
+
+
+def _and_more(names: Sequence[str]) -> str:
+    shown = ", ".join(f"`{name}`" for name in names[:3])
+    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def make_fingerprints(
@@ -223,47 +252,86 @@ def _equal_datasets(bank: Bank) -> list[str]:
     ]
 
 
-def hash_adapters(bank: Bank, progress: Callable[[str], None] | None = None) -> int:
-    """Record the SHA-256 and the norms of every adapter that has none yet, or has changed.
+def hash_adapters(
+    bank: Bank,
+    members: Sequence[Member] | None = None,
+    *,
+    verify: bool = False,
+    keep: bool = True,
+    progress: Callable[[str], None] | None = None,
+) -> int:
+    """Record the SHA-256 and the norms of adapters that have none yet, or have changed.
+
+    In a bank that cannot be written to they are known for this run alone, and a note says so.
+
+    Args:
+        bank: `bank.index` takes what is found.
+        members: Those to look at; all, if they are not given.
+        verify: Hash also those that have a record, and compare.
+        keep: Write them into the bank.
+        progress: Told each member's name before its turn.
 
     Returns:
-        How many were hashed.
+        How many were recorded.
+
+    Raises:
+        FileChanged: With `verify`: a file is not what was recorded.
+        MissingFile, UnreadableFile: An adapter cannot be read.
     """
-    index = Index.of(bank)
+    index = bank.index
     before = dict(index.adapters)
-    gone = set(index.adapters) - set(bank.names) - set(bank.left_out)
-    for name in gone:
+    for name in [name for name in index.adapters if not (bank.folder / name).is_dir()]:
         del index.adapters[name]
-    unknown = [member for member in bank.members if index.sha256(member) is None]
+    looked_at = bank.members if members is None else members
+    unknown = [member for member in looked_at if index.sha256(member) is None]
     try:
-        for member in unknown:
+        for member in looked_at if verify else unknown:
             if progress is not None:
                 progress(member.name)
-            adapter = member.adapter
-            digest = files.sha256(adapter.path)
-            norms, fault = norms_or_fault(member)
-            index.adapters[member.name] = AdapterRecord(
-                digest, adapter.size, adapter.mtime_ns, norms, fault
-            )
+            digest = files.sha256(member.adapter.path)
+            if verify:
+                _see_same(member, digest, index)
+            if index.sha256(member) is None:
+                index.adapters[member.name] = _looked_at(member, digest)
     finally:
         # What is known is kept, also where the rest was interrupted.
-        if index.adapters != before:
-            index.save()
+        if keep and index.adapters != before:
+            try:
+                index.save()
+            except UnreadableFile as error:
+                bank.note(f"adapters are hashed anew each time: {error}")
     return len(unknown)
 
 
-def norms_or_fault(member: Member) -> tuple[list[float] | None, str | None]:
-    """The norms of a member's modules, or which tensor holds NaN or infinity, from its file."""
+def _see_same(member: Member, digest: str, index: Index) -> None:
+    recorded = index.adapters.get(member.name)
+    if recorded is not None and recorded.sha256 != digest:
+        raise FileChanged(
+            f"`{member.adapter.path}` has SHA-256 {digest[:12]}…, the index recorded "
+            f"{recorded.sha256[:12]}…\nif that is right, run `lorameta-rs index`"
+        )
+
+
+def _looked_at(member: Member, digest: str) -> AdapterRecord:
+    """What is to be known of a member's file beside its hash."""
     from lorameta_rs.merge import Options
 
+    adapter = member.adapter
+    record = AdapterRecord(digest, adapter.size, adapter.mtime_ns)
     try:
-        return _core.norms([member.adapter], Options())[0], None
+        norms = array("d", _core.norms([adapter], Options())[0])
     except NotFinite as error:
-        return None, str(error)
+        return replace(record, fault=str(error))
+    odd = _core.scan(adapter) if 0.0 in norms else []
+    return replace(record, norms=norms, zeros=[name for name, what in odd if what == "only zeros"])
 
 
-def _is_norm(value: Any) -> bool:
-    return type(value) is float and 0 <= value < math.inf
+def _packed(found: dict[str, Any]) -> dict[str, Any]:
+    """An object of the file, with norms in little memory: hundreds of lists take megabytes."""
+    norms = found.get("norms")
+    if isinstance(norms, list) and all(type(one) is float and 0 <= one < math.inf for one in norms):
+        found["norms"] = array("d", norms)
+    return found
 
 
 def nearest_distances(
@@ -284,7 +352,7 @@ def nearest_distances(
     Returns:
         float64 [n], empty for a bank of one; None if they are not known and slow to compute.
     """
-    index = Index.of(bank)
+    index = bank.index
     key = _key(bank, metric)
     match index.nearest.get(metric):
         case {"fingerprints": of, "distances": [*kept]} if (
@@ -308,9 +376,9 @@ def _is_distance(value: Any) -> bool:
 def _key(bank: Bank, metric: str) -> str:
     """What the members' distances depend on: their fingerprints, or that part, in order."""
     digest = hashlib.sha256()
-    part = distance.part_of(metric)
-    counts = bank.fingerprints if part is None else bank.fingerprints.part(part)
-    for array in (counts.indptr, counts.ids, counts.counts, counts.relations):
-        if array is not None:
-            digest.update(np.ascontiguousarray(array).data)
+    of = distance.part_of(metric)
+    counts = bank.fingerprints if of is None else bank.fingerprints.part(of)
+    for part in (counts.indptr, counts.ids, counts.counts, counts.relations):
+        if part is not None:
+            digest.update(np.ascontiguousarray(part).data)
     return digest.hexdigest()

@@ -20,7 +20,6 @@ from lorameta_rs import closed_forms, files, neural
 from lorameta_rs.coefficients import combined_rows
 from lorameta_rs.distance import SEPARATOR
 from lorameta_rs.errors import InvalidBank, LoraMetaError, MissingFile
-from lorameta_rs.index import Index
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -147,7 +146,7 @@ class Learned:
 
 def stamps(bank: Bank) -> dict[str, str]:
     """Of each member the SHA-256 of its adapter, as the index has it, and of its fingerprint."""
-    index = Index.of(bank)
+    index = bank.index
     return {
         member.name: f"{index.sha256(member)} {bank.fingerprint(member).sha256}"
         for member in bank.members

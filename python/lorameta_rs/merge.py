@@ -11,17 +11,17 @@ from lorameta_rs import _core, files
 from lorameta_rs.card import model_card
 from lorameta_rs.config import as_json
 from lorameta_rs.config_fields import FILE_NAME
-from lorameta_rs.errors import FileChanged, InvalidSetting, UnreadableFile
+from lorameta_rs.errors import FaultyMembers, InvalidSetting, NotFinite, UnreadableFile
 from lorameta_rs.formats import FORMATS
 from lorameta_rs.formats.conversion import check, known_base, write
-from lorameta_rs.index import Index
+from lorameta_rs.index import faults, hash_adapters, note_idle
 from lorameta_rs.member import GGUF_WEIGHTS, MLX_WEIGHTS, WEIGHTS, Member, open_members
 from lorameta_rs.provenance import FILE_NAME as PROVENANCE
 from lorameta_rs.provenance import provenance
 from lorameta_rs.result import result_config
 from lorameta_rs.servers import refusing
 from lorameta_rs.staging import staged
-from lorameta_rs.sums import Sums
+from lorameta_rs.sums import Sums, used_members
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -191,8 +191,8 @@ class Merged:
     """By how much of ΔW `soup` would have erred at most, where the choice depended on it."""
     soup_error_exact: bool
     """Whether that was computed of every module, and not estimated."""
-    norm_bytes: int
-    """What is read before that, for norms that the index does not have."""
+    index_bytes: int
+    """The size of the members that are to be indexed first; none, when that has been done."""
     outcomes: list[_core.Outcome]
     """For each job its rank where the method chose it, and what of ΔW that keeps."""
 
@@ -200,12 +200,20 @@ class Merged:
 def plan(bank: Bank, jobs: Sequence[Job], options: Options | None = None) -> Merged:
     """What `merge` would read and take, without doing it; errors as `merge`."""
     options = options or Options()
-    sums = Sums.of(bank, jobs, options, dry=True)
+    used = used_members(bank, jobs)
+    _see_finite(bank, used, options)
+    try:
+        sums = Sums.of(bank, jobs, options, dry=True)
+    except NotFinite:
+        hash_adapters(bank, used, keep=False)
+        _see_finite(bank, used, options)  # and say who is to blame
+        raise
     result_config(bank.base_model, sums.members, sums.rank or 1, 1.0)
     _with_base(options, bank, sums.members)
     run = replace(options, method=sums.method, normalize=sums.normalize)
     planned = _core.plan(sums.terms, run)
-    return _merged(planned, sums, [])
+    unknown = [member for member in used if bank.index.sha256(member) is None]
+    return _merged(planned, sums, [], sum(member.adapter.size for member in unknown))
 
 
 def merge(
@@ -215,6 +223,8 @@ def merge(
     progress: Callable[[int, int], object] | None = None,
 ) -> Merged:
     """Make all jobs' adapters in one pass over the members that any of them uses.
+
+    What the bank's index lacks of these members is added to it first.
 
     Args:
         bank: The adapters; those without a coefficient are never read.
@@ -229,19 +239,21 @@ def merge(
     Raises:
         InvalidSetting: A coefficient is not finite, all are zero, or the budget is too small.
         LayoutMismatch: The members differ in what the base is, or, for `soup`, in rank.
-        NotFinite: A tensor or a sum holds NaN or infinity, and `allow_nan` is not set.
+        FaultyMembers: A tensor of a member holds NaN or infinity, and `allow_nan` is not set.
+        NotFinite: A sum left the range of its type, likewise.
         FileChanged: A member's file changed meanwhile, or is not what the index recorded.
         OutputExists: An output exists, and `force` is not set.
         UnreadableFile: A file cannot be read or written.
     """
     options = options or Options()
+    used = used_members(bank, jobs)
+    hash_adapters(bank, used, verify=options.verify)
+    _see_finite(bank, used, options)
     sums = Sums.of(bank, jobs, options)
     result_config(
         bank.base_model, sums.members, sums.rank or 1, 1.0
     )  # what it refuses, before the work
     run = replace(options, method=sums.method, normalize=sums.normalize)
-    index = Index.of(bank)
-    hashes = {member.name: _hash(member, index, options.verify) for member in sums.members}
     run = _with_base(run, bank, sums.members)
     places = [written_to(job.out, run.formats) for job in jobs]
     outs = [place for folders in places for place in folders.values()]
@@ -260,7 +272,7 @@ def merge(
                 rank = outcome.rank or sums.rank
                 assert rank is not None, "a method that keeps the rank has been given one"
                 config = result_config(bank.base_model, sums.members, rank, sums.alpha or rank)
-                record = provenance(bank, job, run, hashes)
+                record = provenance(bank, job, run)
                 _write(first[i] / FILE_NAME, as_json(config))
                 _convert(first[i], stages_of[i], run)
                 seen = written_to(Path(job.out.absolute().name), run.formats)
@@ -272,10 +284,22 @@ def merge(
                     _write(stage / CARD, card)
         except UnreadableFile as error:
             raise _of_output(error, stages, outs) from error
-    return _merged(done, sums, outcomes)
+    return _merged(done, sums, outcomes, 0)
 
 
-def _merged(plan: _core.Plan, sums: Sums, outcomes: list[_core.Outcome]) -> Merged:
+def _see_finite(bank: Bank, members: Sequence[Member], options: Options) -> None:
+    """Note what the index knows to be odd in members, or raise `FaultyMembers`."""
+    note_idle(bank, members)
+    reasons = faults(bank, members)
+    if reasons and not options.allow_nan:
+        raise FaultyMembers(reasons)
+    for name, reason in reasons.items():
+        bank.note(f"`{name}` is used all the same: {str(reason).splitlines()[0]}")
+
+
+def _merged(
+    plan: _core.Plan, sums: Sums, outcomes: list[_core.Outcome], index_bytes: int
+) -> Merged:
     """What is said of a merge."""
     return Merged(
         plan,
@@ -283,7 +307,7 @@ def _merged(plan: _core.Plan, sums: Sums, outcomes: list[_core.Outcome]) -> Merg
         sums.reason,
         sums.soup_error,
         sums.soup_error_exact,
-        sums.norm_bytes,
+        index_bytes,
         outcomes,
     )
 
@@ -343,24 +367,6 @@ def _convert(made: Path, folders: Mapping[str, Path], options: Options) -> None:
         write(member, folder, to, options.dtype, options.base, options)
     if "peft" not in folders:
         (made / WEIGHTS).unlink()
-
-
-def _hash(member: Member, index: Index, verify: bool) -> str | None:
-    """The SHA-256 of a member's file as far as it is known, or is to be known.
-
-    Raises:
-        FileChanged: The file is not what the index recorded.
-    """
-    recorded = index.adapters.get(member.name)
-    if not verify:
-        return index.sha256(member)
-    found = files.sha256(member.adapter.path)
-    if recorded is not None and recorded.sha256 != found:
-        raise FileChanged(
-            f"`{member.adapter.path}` has SHA-256 {found[:12]}…, the index recorded "
-            f"{recorded.sha256[:12]}…\nif that is right, run `lorameta-rs index`"
-        )
-    return found
 
 
 def _of_output(error: UnreadableFile, stages: Sequence[Path], outs: Sequence[Path]) -> Exception:

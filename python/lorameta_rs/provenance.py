@@ -17,7 +17,6 @@ from lorameta_rs.relevance import effective_number
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
 
     from lorameta_rs.bank import Bank
     from lorameta_rs.merge import Job, Options
@@ -163,11 +162,11 @@ def _check(record: Provenance) -> None:
         raise ValueError("its members are no array")
     for member in record.members:
         match member:
-            case {"name": str(), "sha256": str() | None, "coefficient": [*several]} if (
+            case {"name": str(), "sha256": str(), "coefficient": [*several]} if (
                 len(several) == len(record.modules) > 0
             ):
                 member["coefficient"] = [_number("coefficient", one) for one in several]
-            case {"name": str(), "sha256": str() | None, "coefficient": given}:
+            case {"name": str(), "sha256": str(), "coefficient": given}:
                 member["coefficient"] = _number("coefficient", given)
             case _:
                 raise ValueError("a member lacks its name, sha256 or coefficient")
@@ -215,9 +214,7 @@ def _number(what: str, value: Any) -> float:
     raise ValueError(f"the {what} is no finite number")
 
 
-def _again(
-    record: Provenance, settings: dict[str, Any], bank: Bank, hashes: Mapping[str, str | None]
-) -> Provenance:
+def _again(record: Provenance, settings: dict[str, Any], bank: Bank) -> Provenance:
     """The same, made by this version and from files where they are now."""
     folders = {member.name: str(member.folder.absolute()) for member in bank.members}
     return replace(
@@ -228,7 +225,7 @@ def _again(
             {
                 "name": member["name"],
                 "path": folders[member["name"]],
-                "sha256": member["sha256"] or hashes.get(member["name"]),
+                "sha256": member["sha256"],
                 "distance": member.get("distance"),
                 "similarity": member.get("similarity"),
                 "coefficient": member["coefficient"],
@@ -238,10 +235,8 @@ def _again(
     )
 
 
-def provenance(
-    bank: Bank, job: Job, options: Options, hashes: Mapping[str, str | None]
-) -> Provenance:
-    """What a job's adapter is made of."""
+def provenance(bank: Bank, job: Job, options: Options) -> Provenance:
+    """What a job's adapter is made of; the bank's index has the members that it uses."""
     from lorameta_rs.formats.base import Base
     from lorameta_rs.repeat import RepeatedJob
 
@@ -262,7 +257,7 @@ def provenance(
     if job.refined is not None:
         settings["refined"] = dict(job.refined)
     if isinstance(job, RepeatedJob):
-        return _again(job.record, settings, bank, hashes)
+        return _again(job.record, settings, bank)
     target = None
     if ranking is not None:
         settings |= asdict(ranking.settings)
@@ -283,7 +278,7 @@ def provenance(
             {
                 "name": member.name,
                 "path": str(member.folder.absolute()),
-                "sha256": hashes.get(member.name),
+                "sha256": bank.index.sha256(member),
                 "distance": None if ranking is None else float(ranking.distances[i]),
                 "similarity": None if similarity is None else float(similarity[i]),
                 "coefficient": own.tolist(),

@@ -24,7 +24,6 @@ from lorameta_rs.errors import InvalidDataset, InvalidSetting
 from lorameta_rs.formats.base import Base
 from lorameta_rs.formats.conversion import write_gguf
 from lorameta_rs.formats.opening import open_adapters
-from lorameta_rs.index import Index
 from lorameta_rs.llama import Llama
 from lorameta_rs.merge import Job, Options, merge, plan
 from lorameta_rs.relevance import effective_number
@@ -342,7 +341,7 @@ def _as_coefficients(
     summed = [[[float(row[i])] * len(bank.members[i].modules) for i in used] for row in merges]
     if normalize != "none":
         weights_of_base = weight_files(bank.base_weights)
-        norms = delta_norms(members, Index.of(bank), base_weights=weights_of_base)
+        norms = delta_norms(members, bank.index, base_weights=weights_of_base)
         summed = unit_coefficients(summed, norms)
     table = np.zeros((len(bank), len(names)))
     for weight, rows in zip(weights[: len(merges)], summed, strict=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,11 +10,11 @@ import numpy as np
 from lorameta_rs import _core
 from lorameta_rs.base_weights import weight_files
 from lorameta_rs.errors import InvalidSetting, LayoutMismatch
-from lorameta_rs.index import Index
 from lorameta_rs.shape import delta_norms
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from lorameta_rs._metrics import Floats
     from lorameta_rs.bank import Bank
@@ -70,8 +69,6 @@ class Sums:
     soup_error_exact: bool
     rank: int | None
     alpha: float | None
-    norm_bytes: int
-    """What is read for norms that the index does not have."""
 
     @classmethod
     def of(cls, bank: Bank, jobs: Sequence[Job], options: Options, dry: bool = False) -> Sums:
@@ -83,7 +80,7 @@ class Sums:
             MissingFile, UnreadableFile: The base's weights cannot be read.
         """
         rows = [_checked(job, bank) for job in jobs]
-        used = np.flatnonzero(np.any([row.any(axis=1) for row in rows], axis=0))
+        used = _used(rows)
         members = [bank.members[i] for i in used]
         coefficients = [
             [_per_module(job, row[i], member) for i, member in zip(used, members, strict=True)]
@@ -100,15 +97,14 @@ class Sums:
             members, terms, replace(options, normalize=normalize)
         )
         rank = _common_rank(members)
-        norm_bytes = _norm_bytes(members, Index.of(bank)) if normalize == "unit" else 0
         if normalize == "unit" and not dry:
-            norms = delta_norms(members, Index.of(bank), base_weights=terms.base_weights)
+            norms = delta_norms(members, bank.index, base_weights=terms.base_weights)
             terms = replace(terms, coefficients=unit_coefficients(coefficients, norms))
         alpha = None
         if method == "soup":
             alpha, strengths = common_scaling(members, _one_rank(members))
             terms = replace(terms, strengths=strengths)
-        return cls(members, terms, method, reason, normalize, error, whole, rank, alpha, norm_bytes)
+        return cls(members, terms, method, reason, normalize, error, whole, rank, alpha)
 
 
 def _normalization(jobs: Sequence[Job], options: Options) -> str:
@@ -118,10 +114,17 @@ def _normalization(jobs: Sequence[Job], options: Options) -> str:
     return "unit" if compared and sums_deltas else "none"
 
 
-def _norm_bytes(members: Sequence[Member], index: Index) -> int:
-    """The size of the members whose norms are not known."""
-    unknown = [member for member in members if index.norms(member) is None]
-    return sum(Path(member.adapter.path).stat().st_size for member in unknown)
+def used_members(bank: Bank, jobs: Sequence[Job]) -> list[Member]:
+    """The members that have a coefficient other than zero in any job.
+
+    Raises:
+        InvalidSetting: Coefficients are not finite, all zero, or for another bank.
+    """
+    return [bank.members[i] for i in _used([_checked(job, bank) for job in jobs])]
+
+
+def _used(rows: Sequence[Floats]) -> list[int]:
+    return np.flatnonzero(np.any([row.any(axis=1) for row in rows], axis=0)).tolist()
 
 
 def _checked(job: Job, bank: Bank) -> Floats:

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 def index(bank: Path, metrics: tuple[str, ...], as_json: bool, **arguments: Any) -> None:
     """Prepare a bank: count its datasets' tokens, hash its adapters.
 
-    Does only what is missing or out of date. `merge` and `rank` count tokens too, where they have
-    to, but what `index` keeps tells them more: which files they use, and how near is near.
+    Does only what is missing or out of date. `merge` and `rank` do so too for what they use, where
+    they have to, but `index` also finds out how near is near in a large bank.
     """
     from lorameta_rs.distance import applicable
     from lorameta_rs.index import hash_adapters, leave_out_not_finite, nearest_distances

@@ -78,7 +78,9 @@ def inspect(
         for one in found:
             for fault in one["faults"]:
                 tell = console.warn if one["usable"] else console.fail
-                tell(f"`{one['adapter']}`: {fault}")
+                # Most faults of a file begin with its path, and so with the adapter's.
+                named = fault.startswith(f"`{one['adapter']}")
+                tell(fault if named else f"`{one['adapter']}`: {fault}")
             # Of a bank's members nobody asks: what is made of them is served.
             for breach in one.get("servers", ()) if one["adapter"] in served else ():
                 console.warn(f"`{one['adapter']}`: {breach}")
@@ -91,7 +93,7 @@ def _opened(
 ) -> tuple[bool, list[tuple[Path, Member | LoraMetaError]]]:
     """Whether `path` is an adapter itself; and it, or a bank's members."""
     from lorameta_rs import files
-    from lorameta_rs.bank import member_folders
+    from lorameta_rs.bank import member_folders, misnamed
     from lorameta_rs.errors import LoraMetaError
     from lorameta_rs.formats.base import Base, heads_in
     from lorameta_rs.formats.opening import is_adapter, open_adapters
@@ -102,7 +104,11 @@ def _opened(
     if not is_adapter(path):
         folders = member_folders(path) or [path]
         heads = heads_in(path) if base_config is None else Base.load(base_config).head_counts
-        return False, list(zip(folders, open_members(folders, heads=heads), strict=True))
+        members = open_members(folders, heads=heads)
+        return False, [
+            (folder, misnamed(folder) or member)
+            for folder, member in zip(folders, members, strict=True)
+        ]
     try:
         opened = open_adapters(path, Base.known(base_config, path), base_config)
     except LoraMetaError as error:

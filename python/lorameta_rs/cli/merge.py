@@ -196,6 +196,7 @@ def merge(
         done = _merged(opened, jobs, run, dry_run)
     else:
         opened, jobs, run, done = _predicted(context, bank, datasets, outs, arguments, dry_run)
+    console.report(opened)
     say_lacking(opened, jobs)
     if dry_run and arguments["refine"] is not None:
         console.say(
@@ -211,16 +212,33 @@ def merge(
 
 def _merged(bank: Bank, jobs: Sequence[Job], run: Options, dry_run: bool) -> Merged:
     """What the merge did, or would do."""
-    from lorameta_rs.cli.merged import memory_of
-    from lorameta_rs.merge import merge, plan
+    from dataclasses import replace
 
+    from lorameta_rs.cli.merged import memory_of
+    from lorameta_rs.index import hash_adapters
+    from lorameta_rs.merge import merge, plan
+    from lorameta_rs.sums import used_members
+
+    _check_places([job.out for job in jobs], run)
     if dry_run:
         return plan(bank, jobs, run)
+    used = used_members(bank, jobs)
+    with console.steps("hashing adapters", len(used)) as step:
+        hash_adapters(bank, used, verify=run.verify, progress=step)
     if run.method.endswith("_svd"):
         # These form one module's ΔW at a time: what that takes is said before it is taken.
         console.say(f"{run.method} takes {memory_of(plan(bank, jobs, run))}")
     with console.progress("merging") as update:
-        return merge(bank, jobs, run, update)
+        return merge(bank, jobs, replace(run, verify=False), update)
+
+
+def _check_places(outs: Sequence[Path], run: Options) -> None:
+    """See that the outputs can be made, before the work."""
+    from lorameta_rs.merge import OWNED, written_to
+    from lorameta_rs.staging import check
+
+    places = [place for out in outs for place in written_to(out, run.formats).values()]
+    check(places, OWNED, run.force)
 
 
 def _options(arguments: dict[str, Any]) -> Options:
@@ -250,8 +268,6 @@ def _predicted(
 ) -> tuple[Bank, list[Job], Options, Merged]:
     """A job for each dataset, how they were run, and what that did."""
     from lorameta_rs.flow import without_faulty
-    from lorameta_rs.merge import OWNED, written_to
-    from lorameta_rs.staging import check
 
     run = _options(arguments)
     if arguments["refine"] is not None:
@@ -264,8 +280,7 @@ def _predicted(
         folders = [outs[0] / dataset.name.split(".")[0] for dataset in datasets]
     else:
         raise click.UsageError(f"{len(datasets)} datasets, {len(outs)} -o: give one, or as many")
-    places = [place for folder in folders for place in written_to(folder, run.formats).values()]
-    check(places, OWNED, run.force)
+    _check_places(folders, run)
     opened = options.bank_from(bank, arguments)
 
     def make() -> tuple[list[Job], Options, Merged]:
@@ -274,14 +289,7 @@ def _predicted(
             jobs, how = _refined(opened, jobs, how, arguments)
         return jobs, how, _merged(opened, jobs, how, dry_run)
 
-    return opened, *without_faulty(opened, run, make, _look_for_faulty)
-
-
-def _look_for_faulty(bank: Bank) -> bool:
-    from lorameta_rs.flow import leave_out_faulty
-
-    with console.steps("looking for NaN", len(bank)) as step:
-        return leave_out_faulty(bank, step)
+    return opened, *without_faulty(opened, make)
 
 
 def _compared(

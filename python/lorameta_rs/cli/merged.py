@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from lorameta_rs.cli import console
 from lorameta_rs.cli.rank import HEADERS, described, rows, say_relevance
 from lorameta_rs.member import Member, open_members
@@ -13,6 +11,7 @@ from lorameta_rs.merge import written_to
 from lorameta_rs.modules import lacking
 from lorameta_rs.runtimes import commands, gguf_conversion
 from lorameta_rs.servers import breaches, refusing
+from lorameta_rs.sums import used_members
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,11 +35,11 @@ def say_jobs(jobs: Sequence[Job]) -> None:
 
 def say_done(bank: Bank, jobs: Sequence[Job], done: Merged, run: Options, dry_run: bool) -> None:
     """What was read and written, or would be; who loads it, and how."""
-    count = len(_used(bank, jobs))
+    count = len(used_members(bank, jobs))
     read = f"{console.size(done.plan.bytes)} of {console.number(count, 'adapter')}"
     memory = memory_of(done)
-    if done.norm_bytes:
-        read += f", and {console.size(done.norm_bytes)} for norms, which `index` keeps,"
+    if done.index_bytes:
+        read += f", once {console.size(done.index_bytes)} of them are indexed,"
     if done.reason is not None:
         console.say(f"method {done.method}: {done.reason}")
     if dry_run:
@@ -54,14 +53,8 @@ def say_done(bank: Bank, jobs: Sequence[Job], done: Merged, run: Options, dry_ru
 
 def say_lacking(bank: Bank, jobs: Sequence[Job]) -> None:
     """Which of the members that take part change fewer modules than others of them."""
-    if (odd := lacking(_used(bank, jobs))) is not None:
+    if (odd := lacking(used_members(bank, jobs))) is not None:
         console.warn(odd)
-
-
-def _used(bank: Bank, jobs: Sequence[Job]) -> list[Member]:
-    """The members that have a coefficient in any job."""
-    used = np.any([np.any(np.atleast_2d(job.coefficients.T), axis=0) for job in jobs], axis=0)
-    return [member for member, takes_part in zip(bank.members, used, strict=True) if takes_part]
 
 
 def memory_of(done: Merged) -> str:
@@ -129,7 +122,7 @@ def as_data(bank: Bank, jobs: Sequence[Job], done: Merged, run: Options) -> dict
     for one, result in zip(described, served, strict=False):
         one["servers"] = breaches(result)
     plan = {name: getattr(done.plan, name) for name in ("bytes", "memory", "threads")}
-    plan["norm_bytes"] = done.norm_bytes
+    plan["index_bytes"] = done.index_bytes
     chosen = {
         "method": done.method,
         "reason": done.reason,

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lorameta_rs import files
 from lorameta_rs.bank import ANY_BASE
 from lorameta_rs.cli import console, options
 from lorameta_rs.errors import FileChanged, InvalidBank
 from lorameta_rs.formats.base import Base
-from lorameta_rs.index import Index
+from lorameta_rs.index import hash_adapters
 from lorameta_rs.provenance import OF_RESULT, Provenance
 from lorameta_rs.repeat import RepeatedJob
 
@@ -58,22 +57,10 @@ def repeated(
 
 def _same_files(bank: Bank, record: Provenance, path: Path) -> None:
     """See that the members' files are those of which an adapter was made."""
-    index = Index.of(bank)
     recorded = {member["name"]: member["sha256"] for member in record.members}
     used = [member for member in bank.members if member.name in recorded]
     with console.steps("hashing adapters", len(used)) as step:
-        for member in used:
-            if step is not None:
-                step(member)
-            expected = recorded[member.name]
-            if expected is None:
-                continue
-            # A bank that was copied has other times than its index says, and the same bytes.
-            if expected != (index.sha256(member) or files.sha256(member.adapter.path)):
-                raise FileChanged(f"`{member.adapter.path}` is not the file that `{path}` records")
-    unknown = sum(sha256 is None for sha256 in recorded.values())
-    if unknown:
-        console.warn(
-            f"`{path}` has no hash of {console.number(unknown, 'member')}: whether these are the "
-            "same files as then is not known"
-        )
+        hash_adapters(bank, used, progress=step)
+    for member in used:
+        if recorded[member.name] != bank.index.sha256(member):
+            raise FileChanged(f"`{member.adapter.path}` is not the file that `{path}` records")
