@@ -22,7 +22,6 @@ from lorameta_rs.errors import (
     InvalidSetting,
     LayoutMismatch,
     MissingFile,
-    UnreadableFile,
 )
 from lorameta_rs.index import make_fingerprints
 from lorameta_rs.modules import lacking
@@ -45,7 +44,7 @@ def malformed(golden, tmp_path):
 # Of each malformed bank: who can be used by name, who can be compared, what is said of whom.
 BANKS = {
     "ok": ("ab", "ab", ""),
-    "one": ("a", "a", "`a` is the only member: every merge is a copy of it"),
+    "one": ("a", "a", "`a` is the only member: there is nothing to combine"),
     "base_mismatch": ("a", "a", "b.*`base_model_name_or_path` is `other/base`"),
     "shape_mismatch": ("a", "a", "b.*q_proj` changes a matrix of shape"),
     "targets_differ": ("ab", "ab", "`b`: has no `model.layers.0.self_attn.k_proj`"),
@@ -241,7 +240,7 @@ def test_what_is_no_bank(make_bank, tmp_path):
     with pytest.raises(MissingFile, match="gone"):
         Bank(tmp_path / "gone")
     (tmp_path / "file").write_text("")
-    with pytest.raises((UnreadableFile, MissingFile), match="file"):
+    with pytest.raises(InvalidBank, match="file` is a file; a bank is a folder"):
         Bank(tmp_path / "file")
     with pytest.raises(InvalidBank, match="holds no adapter folder"):
         Bank(tmp_path)
@@ -272,6 +271,8 @@ def test_members_of_other_bases_are_left_out(bases, tmp_path, asked, names):
         config = bases / name / "adapter_config.json"
         assert f"`{config}`: `base_model_name_or_path` is" in str(error)
         assert "--base-model" in str(error)
+    mixed = "the members are for 2 base models: `/models/x`, `org/y`\n"
+    assert any(note.startswith(mixed) for note in bank.notes) == (asked == "any")
     bank.merge(np.ones(len(bank)), tmp_path / "out")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == ("org/x" if asked in (None, "any") else asked)

@@ -169,3 +169,13 @@ def test_ctrl_c_leaves_only_whole_files(make_bank):
     for path in bank.rglob("*fingerprint*"):
         Fingerprint.load(path)
     assert not any(bank.rglob(".*"))
+
+
+def test_many_broken_members_are_not_all_listed(make_bank, lorameta):
+    written = make_bank({f"m{i:02}": {"text": "to be"} for i in range(24)}, tokenizer=True)
+    for i in range(20):
+        written.weights(f"m{i:02}").write_bytes(b"")
+    status, _, err = lorameta("index", written.folder)
+    assert (status, err.count(" is left out: ")) == (0, 16)
+    assert "warning: 4 more members left out: `lorameta-rs index --json` has all reasons" in err
+    assert "20 folders left out" in err

@@ -337,7 +337,7 @@ def test_the_paper_is_not_told_of_methods_that_it_refuses(make_bank, dataset, ou
     folder = make_bank(texts, tokenizer=True).folder
     command = ["merge", folder, dataset, "-o", out, "--paper"]
     status, _, err = lorameta(*command)
-    assert (status, "without --paper, which is `soup`, `--method svd`" in err) == (1, True), err
+    assert (status, "`--method svd` and `--method cat` take any ranks" in err) == (1, True), err
     status, _, err = lorameta(*command, "--method", "svd")
     assert (status, "--method has no effect beside --paper" in err) == (2, True)
     status, _, err = lorameta(*command, "--refine", "base.gguf")
@@ -564,11 +564,39 @@ def test_a_command_line_that_cannot_be_read_is_status_2(lorameta, arguments, wor
 def test_two_outputs_cannot_be_one(bank, dataset, out, lorameta):
     status, _, err = lorameta("merge", bank, dataset, dataset, "-o", out)
     assert (status, out.exists()) == (1, False)
-    assert "give each dataset its own folder" in err
+    assert f"two outputs have the same path, `{out / 'new'}`\ngive each its own" in err
+
+
+@pytest.mark.parametrize(
+    "words", [["{bank}", "-o", ""], ["{bank}", "{new}", "-o", ""], ["", "{new}"]]
+)
+def test_a_path_that_is_empty_is_none(bank, dataset, lorameta, words):
+    status, _, err = lorameta("merge", *(word.format(bank=bank, new=dataset) for word in words))
+    assert (status, "it is empty" in err) == (2, True)
+
+
+def test_arguments_in_the_wrong_order(bank, dataset, out, lorameta):
+    status, _, err = lorameta("merge", dataset, bank, "-o", out)
+    assert (status, f"`{dataset}` is a file; a bank is a folder" in err) == (1, True)
+
+
+def test_a_record_of_a_bank_that_has_moved(bank, dataset, out, lorameta):
+    assert lorameta("merge", bank, dataset, "-o", out)[0] == 0
+    moved = bank.rename(bank.with_name("moved"))
+    again = ["--repeat", out, "-o", out.with_name("again")]
+    status, _, err = lorameta("merge", *again)
+    assert (status, f"`{bank}`: there is no such bank any more\nsay where" in err) == (1, True)
+    assert lorameta("merge", moved, *again)[0] == 0
+    moved.rename(bank)
+    assert (out / WEIGHTS).read_bytes() == (out.with_name("again") / WEIGHTS).read_bytes()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends Ctrl-C to whole consoles")
-def test_ctrl_c_leaves_nothing(large_bank, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "status", "said"),
+    [("SIGINT", 130, ["interrupted"]), ("SIGTERM", 143, []), ("SIGHUP", 129, [])],
+)
+def test_an_interrupt_leaves_nothing(large_bank, tmp_path, number, status, said):
     out = tmp_path / "out"
     weights = tmp_path / "weights.json"
     weights.write_text(json.dumps({str(i): 1 for i in range(800)}))
@@ -578,10 +606,10 @@ def test_ctrl_c_leaves_nothing(large_bank, tmp_path):
     )
     while process.poll() is None and not any(tmp_path.glob(".out.*/*")):
         time.sleep(0.001)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(getattr(signal, number))
     _, err = process.communicate()
-    assert process.returncode == 130
-    assert err.decode().split() == ["interrupted"]
+    assert process.returncode == status
+    assert err.decode().split() == said
     assert list(tmp_path.iterdir()) == [weights]
 
 

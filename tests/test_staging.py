@@ -235,6 +235,13 @@ def test_a_disk_that_is_full_at_last(make_bank, tmp_path, monkeypatch, name):
     assert tree(tmp_path) == {}
 
 
+def test_a_disk_that_is_full_is_said_of_the_output(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(UnreadableFile) as caught, staged([out]) as (stage,):
+        raise UnreadableFile(errno.ENOSPC, "No space left on device", str(stage / "adapter.gguf"))
+    assert caught.value.filename == str(out / "adapter.gguf")
+
+
 def test_what_progress_raises_stops_the_merge(large_bank, tmp_path):
     class StopError(Exception):
         pass

@@ -82,6 +82,9 @@ class Bank:
             InvalidBank: No member can be used, or `bank.toml` is broken.
         """
         self.folder = Path(folder)
+        with files.refusals(self.folder):
+            if self.folder.is_file():
+                raise InvalidBank(f"`{folder}` is a file; a bank is a folder of adapter folders")
         self.drop_unsupported = drop_unsupported
         self.base_weights = None if base_weights is None else Path(base_weights)
         self.columns = None if columns is None else _several(columns)
@@ -122,6 +125,7 @@ class Bank:
         if not self.members:
             raise InvalidBank(self._nothing_usable())
         self._note_odd_names()
+        self._note_mixed_bases()
 
     @property
     def names(self) -> list[str]:
@@ -378,11 +382,22 @@ class Bank:
 
     def _note_odd_names(self) -> None:
         if len(self) == 1:
-            self.notes.append(f"`{self.names[0]}` is the only member: every merge is a copy of it")
+            alone = f"`{self.names[0]}` is the only member"
+            self.notes.append(f"{alone}: there is nothing to combine it with")
         for alike in _grouped({name: name.casefold() for name in self.names}).values():
             if len(alike) > 1:
                 listed = ", ".join(f"`{name}`" for name in alike)
                 self.notes.append(f"the names {listed} differ in case only")
+
+    def _note_mixed_bases(self) -> None:
+        said = [member.config.base_model_name_or_path for member in self.members]
+        bases = {_last_part(base): base for base in said if base is not None}
+        if self.base_model is None and len(bases) > 1:
+            listed = ", ".join(f"`{base}`" for base in list(bases.values())[:3])
+            self.notes.append(
+                f"the members are for {len(bases)} base models: {listed}\na merge says that it is "
+                "for the base of the first that it uses"
+            )
 
 
 def member_folders(bank: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from lorameta_rs import _core, files
 from lorameta_rs.card import model_card
 from lorameta_rs.config import as_json
 from lorameta_rs.config_fields import FILE_NAME
-from lorameta_rs.errors import FaultyMembers, InvalidSetting, NotFinite, UnreadableFile
+from lorameta_rs.errors import FaultyMembers, InvalidSetting, NotFinite
 from lorameta_rs.formats import FORMATS
 from lorameta_rs.formats.conversion import check, known_base, write
 from lorameta_rs.index import faults, hash_adapters, note_idle
@@ -258,32 +258,29 @@ def merge(
     places = [written_to(job.out, run.formats) for job in jobs]
     outs = [place for folders in places for place in folders.values()]
     with staged(outs, OWNED, options.force) as stages:
-        try:
-            left = iter(stages)
-            stages_of = [{to: next(left) for to in folders} for folders in places]
-            first = [next(iter(folders.values())) for folders in stages_of]
-            done, outcomes = _core.combine(
-                sums.terms,
-                [os.fspath(stage / WEIGHTS) for stage in first],
-                run,
-                progress,
-            )
-            for i, (job, outcome) in enumerate(zip(jobs, outcomes, strict=True)):
-                rank = outcome.rank or sums.rank
-                assert rank is not None, "a method that keeps the rank has been given one"
-                config = result_config(bank.base_model, sums.members, rank, sums.alpha or rank)
-                record = provenance(bank, job, run)
-                _write(first[i] / FILE_NAME, as_json(config))
-                _convert(first[i], stages_of[i], run)
-                seen = written_to(Path(job.out.absolute().name), run.formats)
-                gguf = _beside(job.out, None if run.base is None else run.base.gguf)
-                for to, stage in stages_of[i].items():
-                    served = to == "peft" and "vLLM" not in refusing(_opened(stage))
-                    card = model_card(record, config, seen[to], to, gguf=gguf, served=served)
-                    _write(stage / PROVENANCE, record.as_json())
-                    _write(stage / CARD, card)
-        except UnreadableFile as error:
-            raise _of_output(error, stages, outs) from error
+        left = iter(stages)
+        stages_of = [{to: next(left) for to in folders} for folders in places]
+        first = [next(iter(folders.values())) for folders in stages_of]
+        done, outcomes = _core.combine(
+            sums.terms,
+            [os.fspath(stage / WEIGHTS) for stage in first],
+            run,
+            progress,
+        )
+        for i, (job, outcome) in enumerate(zip(jobs, outcomes, strict=True)):
+            rank = outcome.rank or sums.rank
+            assert rank is not None, "a method that keeps the rank has been given one"
+            config = result_config(bank.base_model, sums.members, rank, sums.alpha or rank)
+            record = provenance(bank, job, run)
+            _write(first[i] / FILE_NAME, as_json(config))
+            _convert(first[i], stages_of[i], run)
+            seen = written_to(Path(job.out.absolute().name), run.formats)
+            gguf = _beside(job.out, None if run.base is None else run.base.gguf)
+            for to, stage in stages_of[i].items():
+                served = to == "peft" and "vLLM" not in refusing(_opened(stage))
+                card = model_card(record, config, seen[to], to, gguf=gguf, served=served)
+                _write(stage / PROVENANCE, record.as_json())
+                _write(stage / CARD, card)
     return _merged(done, sums, outcomes, 0)
 
 
@@ -367,12 +364,3 @@ def _convert(made: Path, folders: Mapping[str, Path], options: Options) -> None:
         write(member, folder, to, options.dtype, options.base, options)
     if "peft" not in folders:
         (made / WEIGHTS).unlink()
-
-
-def _of_output(error: UnreadableFile, stages: Sequence[Path], outs: Sequence[Path]) -> Exception:
-    """The error, said of the output that the user knows and not of the folder beside it."""
-    for stage, out in zip(stages, outs, strict=True):
-        if str(error.filename).startswith(str(stage)):
-            name = Path(str(error.filename)).relative_to(stage)
-            return UnreadableFile(error.errno, error.strerror, str(out / name))
-    return error

@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorameta_rs import files
@@ -14,7 +15,6 @@ from lorameta_rs.errors import InvalidSetting, OutputExists, UnreadableFile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
 
 @contextmanager
@@ -30,7 +30,8 @@ def staged(
 
     Raises:
         OutputExists, InvalidSetting: As `check`.
-        UnreadableFile: A folder cannot be made, or its name is too long.
+        UnreadableFile: A folder cannot be made, or its name is too long; or the block raised this
+            of a file in a folder, and the output's is named instead.
     """
     check(outs, owned, force)
     stages = [_beside(out) for out in outs]
@@ -44,6 +45,8 @@ def staged(
         yield stages
         check(outs, owned, force)  # again: one may have appeared meanwhile
         _place(stages, outs)
+    except UnreadableFile as error:
+        raise _of_output(error, stages, outs) from error
     finally:
         for stage in stages:
             shutil.rmtree(stage, ignore_errors=True)
@@ -67,8 +70,10 @@ def check(outs: Sequence[Path], owned: Sequence[str] = (), force: bool = False) 
         InvalidSetting: Two outputs are the same folder.
         UnreadableFile: Whether one exists cannot be told.
     """
-    if len({os.path.realpath(out) for out in outs}) < len(outs):
-        raise InvalidSetting("two outputs have the same path; give each dataset its own folder")
+    places = [os.path.realpath(out) for out in outs]
+    for out, place in zip(outs, places, strict=True):
+        if places.count(place) > 1:
+            raise InvalidSetting(f"two outputs have the same path, `{out}`\ngive each its own")
     for out in outs:
         _check(out, owned, force)
 
@@ -99,6 +104,15 @@ def _check(out: Path, owned: Sequence[str], force: bool) -> None:
             f"`{out}` is not replaced: it has no `{owned[0]}`, which lorameta-rs writes\n"
             "choose another folder"
         )
+
+
+def _of_output(error: UnreadableFile, stages: Sequence[Path], outs: Sequence[Path]) -> Exception:
+    """The error, said of the output that the user knows and not of the folder beside it."""
+    for stage, out in zip(stages, outs, strict=True):
+        if str(error.filename).startswith(str(stage)):
+            name = Path(str(error.filename)).relative_to(stage)
+            return UnreadableFile(error.errno, error.strerror, str(out / name))
+    return error
 
 
 def _beside(out: Path) -> Path:

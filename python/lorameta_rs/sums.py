@@ -266,7 +266,7 @@ def _one_rank(members: Sequence[Member]) -> int:
         f"`{member.folder}` has rank {mine}"
         + (f", `{first.folder}` has rank {theirs}" if member is not first else "")
         + ": `soup` adds factors entry by entry and needs one rank for all modules\n"
-        "without --paper, which is `soup`, `--method svd` and `--method cat` take any ranks"
+        "`--method svd` and `--method cat` take any ranks (--paper is `soup`)"
     )
 
 

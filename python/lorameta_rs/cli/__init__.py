@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import signal
 import sys
 import warnings
 
@@ -53,7 +54,15 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # As stderr does: a name that the terminal cannot show is no reason to stop.
         sys.stdout.reconfigure(errors="backslashreplace")
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _leave)  # as Ctrl-C does: nothing half-written stays
     sys.exit(run(sys.argv[1:]))
+
+
+def _leave(number: int, _: object) -> None:
+    sys.exit(128 + number)
 
 
 def run(arguments: list[str]) -> int:

@@ -36,7 +36,7 @@ def attempt(
     as_json: bool,
     **arguments: Any,
 ) -> None:
-    """Show what a base model answers, with and without adapters.
+    """Show a base model's answers, with and without adapters.
 
     BASE is a GGUF file, run by llama.cpp, or a Hugging Face folder (extra `hf`). The answers stand
     side by side; of a dataset's questions the right one too.

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     from lorameta_rs.bank import Bank
 
+_SHOWN = 16
+"""Members left out that are said one by one; of hundreds nobody reads more."""
+
 _reported: WeakKeyDictionary[Bank, set[str]] = WeakKeyDictionary()
 
 
@@ -38,10 +41,13 @@ def report(bank: Bank) -> None:
     """Say which members are left out and why, and what is odd about others: each once."""
     said = _reported.setdefault(bank, set())
     left_out = [f"`{name}` is left out: {e}" for name, e in bank.left_out.items()]
-    for line in (*left_out, *bank.notes):
-        if line not in said:
-            warn(line)
-            said.add(line)
+    new = [line for line in left_out if line not in said]
+    for line in (*new[:_SHOWN], *(line for line in bank.notes if line not in said)):
+        warn(line)
+    if len(new) > _SHOWN:
+        more = number(len(new) - _SHOWN, "more member")
+        warn(f"{more} left out: `lorameta-rs index --json` has all reasons")
+    said.update(new, bank.notes)
 
 
 def data(value: Any) -> None:

@@ -61,7 +61,7 @@ def convert(
     force: bool,
     **arguments: Any,
 ) -> None:
-    """Write an adapter, or a bank's, in the format of another runtime.
+    """Write an adapter, or a bank, in another runtime's format.
 
     ADAPTER is one of PEFT, GGUF, MLX, diffusers, or kohya. A BANK becomes one whose members are in
     the other format, with the fingerprints and the tokenizer that it needs.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @click.argument("folder", type=options.PATH, default=Path("lorameta-demo"))
 @options.as_json
 def demo(folder: Path, as_json: bool) -> None:
-    """Show the whole flow on a small bank that is part of the package.
+    """Show the whole flow on a small bank that comes along.
 
     Copies the bank to FOLDER, `lorameta-demo` unless given, and makes an adapter there.
     """

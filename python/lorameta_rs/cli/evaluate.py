@@ -41,7 +41,7 @@ def evaluate(
     as_json: bool,
     **arguments: Any,
 ) -> None:
-    """Score what a base model answers, alone and with each adapter.
+    """Score a base model's answers, alone and with adapters.
 
     BASE is a GGUF file, run by llama.cpp, or a Hugging Face folder (extra `hf`); ADAPTER is a PEFT
     folder or a GGUF file. Answers are compared with those of the dataset by Rouge, and for being,

@@ -44,7 +44,11 @@ _OF_REFINING = ("rows", "budget", "candidates", "cache")
     multiple=True,
     help="Coefficients instead of a dataset: a JSON file of names and numbers, or NAME=0.3.",
 )
-@click.option("--repeat", type=options.PATH, help="Do again what this lorameta.json records.")
+@click.option(
+    "--repeat",
+    type=options.PATH,
+    help="Do again what this lorameta.json, or its folder's, records.",
+)
 @options.settings
 @options.calibration
 @options.vectors

@@ -31,8 +31,17 @@ FORMATS = ("peft", "gguf", "mlx")
 PROTOCOLS = ("loo", "lofo")
 CONVERTED = ("f32", "f16", "bf16", "q8_0")
 
+
+class _Path(click.Path):
+    """A path; nothing at all, as a shell makes of `"$UNSET"`, is none, and not this folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path."""
+        return super().convert(value, param, ctx) if value else self.fail("it is empty", param, ctx)
+
+
 # Whether it can be read is the library's to say, with status 1.
-PATH = click.Path(path_type=Path, readable=False)
+PATH = _Path(path_type=Path, readable=False)
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 threads = click.option(
@@ -133,7 +142,7 @@ def bank(function: Command) -> Command:
 
 def columns(whose: str) -> Callable[[Command], Command]:
     """Which fields of certain datasets to use; `whose` says of which."""
-    text = f"The fields of {whose} to use; several are joined by a newline."
+    text = f"The fields of {whose} to use, the answer last; they are joined by newlines."
     return click.option("--columns", type=Columns(), help=text)
 
 

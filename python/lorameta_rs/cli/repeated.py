@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,10 +11,10 @@ import click
 
 from lorameta_rs.bank import ANY_BASE
 from lorameta_rs.cli import console, options
-from lorameta_rs.errors import FileChanged, InvalidBank
+from lorameta_rs.errors import FileChanged, InvalidBank, MissingFile
 from lorameta_rs.formats.base import Base
 from lorameta_rs.index import hash_adapters
-from lorameta_rs.provenance import OF_RESULT, Provenance
+from lorameta_rs.provenance import FILE_NAME, OF_RESULT, Provenance
 from lorameta_rs.repeat import RepeatedJob
 
 if TYPE_CHECKING:
@@ -30,10 +31,14 @@ def repeated(
     arguments: dict[str, Any],
 ) -> tuple[Bank, list[Job], Options]:
     """The job that a `lorameta.json` records, from the same files, and `run` as it was then."""
+    path = path / FILE_NAME if path.is_dir() else path
     record = Provenance.load(path)
     settings = record.settings
     base = arguments["base_model"] or settings["base_model"] or ANY_BASE
     folder = bank or Path(settings["bank"])
+    if not folder.exists():
+        reason = "there is no such bank any more\nsay where it is now: merge BANK --repeat FILE"
+        raise MissingFile(errno.ENOENT, reason, str(folder))
     weights = arguments["base_weights"] or settings.get("base_weights")
     recorded = {"drop_unsupported": settings.get("drop_unsupported", False)}
     recorded |= {"base_model": base, "base_weights": weights}

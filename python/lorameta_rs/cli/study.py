@@ -76,7 +76,7 @@ def study(
     as_json: bool,
     **arguments: Any,
 ) -> None:
-    """Measure how good the adapters are that a bank gives its own tasks.
+    """Measure the adapters that a bank makes for its own tasks.
 
     Each member's test rows are answered by adapters that were made without it, by controls, and by
     the member itself.

@@ -29,6 +29,8 @@ def read_weights(given: Sequence[str]) -> tuple[dict[str, list[float]], tuple[st
     weights: dict[str, list[float]] = {}
     modules: tuple[str, ...] = ()
     for word in given:
+        if not word:
+            raise InvalidSetting("--weights is empty, expected a JSON file or NAME=0.3")
         name, equals, number = word.rpartition("=")
         by_hand = equals and not os.path.exists(word)  # noqa: PTH110, no name is too long for it
         found: object = {name: _number(number)} if by_hand else _content(word)
