@@ -53,8 +53,7 @@ pub enum Error {
         expected: Vec<usize>,
     },
     /// A tensor holds NaN or infinity.
-    #[error("`{}`: {} holds {value} as a float32; leave the adapter out with --exclude, or go on \
-             with --allow-nan", path.display(), Quoted(tensor))]
+    #[error("`{}`: {} holds {value} as a float32", path.display(), Quoted(tensor))]
     NotFinite {
         /// The file.
         path: PathBuf,

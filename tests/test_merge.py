@@ -458,7 +458,7 @@ def test_a_number_that_is_none_is_named(make_bank, tmp_path, number, shown, targ
     jobs = [Job(row, tmp_path / str(i)) for i, row in enumerate(rows)]
     with pytest.raises(NotFinite) as caught:
         merge(bank, jobs, Options(method="soup"))
-    for said in (str(written.weights("b")), Q_A, f"holds {shown} as a float32;", "--allow-nan"):
+    for said in (str(written.weights("b")), Q_A, f"holds {shown} as a float32\n", "--allow-nan"):
         assert said in str(caught.value)
     assert not any(tmp_path.iterdir())
 

@@ -47,7 +47,8 @@ class FaultyMembers(NotFinite):
     def __init__(self, reasons: Mapping[str, NotFinite]) -> None:
         self.reasons = reasons
         more = f"\n{len(reasons) - 1} more hold such numbers" if len(reasons) > 1 else ""
-        super().__init__(f"{next(iter(reasons.values()))}{more}")
+        hint = "\nleave such an adapter out, or go on with --allow-nan"
+        super().__init__(f"{next(iter(reasons.values()))}{more}{hint}")
 
 
 class FileChanged(LoraMetaError):

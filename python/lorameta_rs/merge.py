@@ -291,7 +291,7 @@ def _see_finite(bank: Bank, members: Sequence[Member], options: Options) -> None
     if reasons and not options.allow_nan:
         raise FaultyMembers(reasons)
     for name, reason in reasons.items():
-        bank.note(f"`{name}` is used all the same: {str(reason).splitlines()[0]}")
+        bank.note(f"`{name}` is used all the same: {reason}")
 
 
 def _merged(
