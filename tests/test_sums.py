@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -9,6 +10,7 @@ import shutil
 import numpy as np
 import pytest
 import reference
+import safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -161,6 +163,24 @@ def test_a_full_rank_is_cat_whatever_the_coefficients(real, tmp_path_factory, ro
         np.testing.assert_allclose(
             delta(svd, module), want, rtol=0, atol=1e-5 * max(abs(want).max(), 1e-30)
         )
+
+
+@pytest.mark.parametrize("method", ["cat", "soup", "ties"])
+def test_several_targets_are_made_in_one_reading(real, frozen, tmp_path, method):
+    """And each is the same as alone, whichever members it takes."""
+    written = real if method == "cat" else frozen
+    bank, told = Bank(written.folder), []
+    options = Options(method=method, density=0.5 if method == "ties" else None, threads=1)
+    rows = np.eye(len(bank)) + np.roll(0.5 * np.eye(len(bank)), 1, axis=1)
+    jobs = [Job(row, tmp_path / f"{i}") for i, row in enumerate(rows)]
+    done = merge(bank, jobs, options, lambda so_far, _: told.append(so_far))
+    files = [safetensors.deserialize(one.adapter.path.read_bytes()) for one in bank.members]
+    size = sum(len(tensor["data"]) for file in files for _, tensor in file)
+    assert told[-1] == done.plan.bytes == size
+    for i, one in enumerate(jobs):
+        alone = dataclasses.replace(one, out=tmp_path / f"{i} alone")
+        merge(bank, [alone], options)
+        assert (one.out / WEIGHTS).read_bytes() == (alone.out / WEIGHTS).read_bytes()
 
 
 @settings(max_examples=15)

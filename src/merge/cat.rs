@@ -31,12 +31,14 @@ impl<'a> Cat<'a> {
     pub fn new(terms: &'a Terms<'a>, options: Options) -> Result<Self> {
         terms.plain("cat")?;
         let joints = joint_modules(&terms.adapters)?;
+        let most = joints.iter().map(Joint::ranks).max().unwrap_or(0);
         let factor = |joint: &Joint| {
             let experts = joint.module.experts;
             let rank = experts * joint.holders.iter().map(|share| share.rank).max().unwrap_or(0);
-            let ranks = experts * joint.ranks();
-            let stacked = ranks + ranks.max(PART.min(ranks * joint.outer));
-            (rank * joint.columns() * 3 + stacked) * 4
+            // What is read of B, and what a target takes of it, at the rank of its largest module.
+            let stacked = [experts * joint.ranks(), experts * most]
+                .map(|ranks| ranks.max(PART.min(ranks * joint.outer)));
+            (rank * joint.columns() * 3 + stacked[0] + stacked[1]) * 4
         };
         let need = joints.iter().map(factor).max().unwrap_or(0);
         let plan = Plan::of_modules(&terms.adapters, &joints, |_| [1, 1], need, &options)?;
@@ -67,110 +69,114 @@ impl<'a> Cat<'a> {
         let ranks = self.ranks();
         let writers = create(&self.joints, outputs, &ranks, dtype)?;
         each_on_threads(self.joints.len(), self.plan.threads, watch, Vec::new, |bytes, index| {
-            let joint = &self.joints[index];
-            for (target, writer) in writers.iter().enumerate() {
-                let shares: Vec<_> = self.shares(target, joint).collect();
-                self.write_a(
-                    &reader,
-                    bytes,
-                    (target, ranks[target]),
-                    index,
-                    &shares,
-                    writer,
-                    dtype,
-                )?;
-                self.write_b(&reader, bytes, ranks[target], index, &shares, writer, dtype)?;
-            }
-            Ok(())
+            let module = Module { cat: self, index, ranks: &ranks, writers: &writers, dtype };
+            module.write_a(&reader, bytes)?;
+            module.write_b(&reader, bytes)
         })?;
         reader.still_unchanged()?;
         Writer::finish(writers, watch)
     }
 
-    /// What a target takes of a module, in the order of the bank.
-    fn shares(&self, target: usize, joint: &'a Joint) -> impl Iterator<Item = &'a Share> {
-        joint
-            .holders
-            .iter()
-            .filter(move |share| self.terms.coefficient(target, share.adapter, share.module) != 0.0)
+    /// Whether a target takes anything of a module of an adapter.
+    fn takes(&self, target: usize, share: &Share) -> bool {
+        self.terms.coefficient(target, share.adapter, share.module) != 0.0
     }
 
-    fn rank(&self, target: usize, joint: &'a Joint) -> usize {
-        self.shares(target, joint).map(|share| share.rank).sum()
+    fn rank(&self, target: usize, joint: &Joint) -> usize {
+        let taken = joint.holders.iter().filter(|share| self.takes(target, share));
+        taken.map(|share| share.rank).sum()
+    }
+}
+
+/// One module of all targets, for which each adapter is read once.
+struct Module<'a> {
+    cat: &'a Cat<'a>,
+    index: usize,
+    /// Each target's rank, and file.
+    ranks: &'a [usize],
+    writers: &'a [Writer],
+    dtype: Dtype,
+}
+
+impl Module<'_> {
+    fn joint(&self) -> &Joint {
+        &self.cat.joints[self.index]
     }
 
-    #[expect(clippy::too_many_arguments, reason = "one place, taken apart for reading")]
-    fn write_a(
-        &self,
-        reader: &Reader<'_>,
-        bytes: &mut Vec<u8>,
-        (target, rank): (usize, usize),
-        index: usize,
-        shares: &[&Share],
-        writer: &Writer,
-        dtype: Dtype,
-    ) -> Result<()> {
-        let columns = self.joints[index].columns();
-        let experts = self.joints[index].module.experts;
-        let mut start = 0;
-        for share in shares {
-            let mut a = vec![0.0; experts * share.rank * columns];
-            reader.read(**share, Factor::A, 0..a.len(), bytes, &mut a)?;
-            let factor = self.terms.product(target, share.adapter, share.module) as f32;
-            a.iter_mut().for_each(|x| *x *= factor);
-            for (expert, a) in a.chunks_exact(share.rank * columns).enumerate() {
-                let place = expert * rank * columns + start;
-                self.put(writer, (index, Factor::A), place, a, dtype)?;
+    /// The adapters that any target takes, in the order of the bank.
+    fn shares(&self) -> impl Iterator<Item = &Share> {
+        let taken = |share: &&Share| (0..self.ranks.len()).any(|t| self.cat.takes(t, share));
+        self.joint().holders.iter().filter(taken)
+    }
+
+    fn write_a(&self, reader: &Reader<'_>, bytes: &mut Vec<u8>) -> Result<()> {
+        let columns = self.joint().columns();
+        let experts = self.joint().module.experts;
+        let mut starts = vec![0; self.ranks.len()];
+        for share in self.shares() {
+            let own = share.rank * columns;
+            let mut a = vec![0.0; experts * own];
+            reader.read(*share, Factor::A, 0..a.len(), bytes, &mut a)?;
+            let mut scaled = vec![0.0; a.len()];
+            for (target, start) in starts.iter_mut().enumerate() {
+                if !self.cat.takes(target, share) {
+                    continue;
+                }
+                let factor = self.cat.terms.product(target, share.adapter, share.module) as f32;
+                scaled.iter_mut().zip(&a).for_each(|(y, x)| *y = x * factor);
+                for (expert, a) in scaled.chunks_exact(own).enumerate() {
+                    let place = expert * self.ranks[target] * columns + *start;
+                    self.put(target, Factor::A, place, a)?;
+                }
+                *start += own;
             }
-            start += share.rank * columns;
         }
         Ok(())
     }
 
-    #[expect(clippy::too_many_arguments, reason = "one place, taken apart for reading")]
-    fn write_b(
-        &self,
-        reader: &Reader<'_>,
-        bytes: &mut Vec<u8>,
-        rank: usize,
-        index: usize,
-        shares: &[&Share],
-        writer: &Writer,
-        dtype: Dtype,
-    ) -> Result<()> {
-        let outer = self.joints[index].outer;
+    fn write_b(&self, reader: &Reader<'_>, bytes: &mut Vec<u8>) -> Result<()> {
+        let outer = self.joint().outer;
         // A row of B has a group of all experts' numbers for each of its columns.
-        let experts = self.joints[index].module.experts;
-        let rank = rank * experts;
-        let together = (PART / rank.max(1)).max(1);
+        let experts = self.joint().module.experts;
+        let whole: usize = self.shares().map(|share| share.rank * experts).sum();
+        let widest = self.ranks.iter().max().map_or(0, |rank| rank * experts).max(whole);
+        let together = (PART / widest.max(1)).max(1);
         for from in (0..outer).step_by(together) {
             let rows = outer.min(from + together) - from;
-            let mut stacked = vec![0.0; rows * rank];
-            let mut at = 0;
-            for share in shares {
+            // Adapter behind adapter, the rows of each together.
+            let mut read = vec![0.0; rows * whole];
+            let mut place = 0;
+            for share in self.shares() {
                 let own = share.rank * experts;
-                let mut b = vec![0.0; rows * own];
-                let range = from * own..(from + rows) * own;
-                reader.read(**share, Factor::B, range, bytes, &mut b)?;
-                for (row, b) in stacked.chunks_mut(rank).zip(b.chunks(own)) {
-                    row[at..at + own].copy_from_slice(b);
-                }
-                at += own;
+                let b = &mut read[place..place + rows * own];
+                reader.read(*share, Factor::B, from * own..(from + rows) * own, bytes, b)?;
+                place += rows * own;
             }
-            self.put(writer, (index, Factor::B), from * rank, &stacked, dtype)?;
+            for (target, rank) in self.ranks.iter().enumerate() {
+                let width = rank * experts;
+                let mut stacked = vec![0.0; rows * width];
+                let (mut place, mut at) = (0, 0);
+                for share in self.shares() {
+                    let own = share.rank * experts;
+                    let b = &read[place..place + rows * own];
+                    place += b.len();
+                    if self.cat.takes(target, share) {
+                        for (row, b) in stacked.chunks_mut(width).zip(b.chunks(own)) {
+                            row[at..at + own].copy_from_slice(b);
+                        }
+                        at += own;
+                    }
+                }
+                self.put(target, Factor::B, from * width, &stacked)?;
+            }
         }
         Ok(())
     }
 
-    fn put(
-        &self,
-        writer: &Writer,
-        (index, factor): (usize, Factor),
-        start: usize,
-        numbers: &[f32],
-        dtype: Dtype,
-    ) -> Result<()> {
-        put(&self.joints, writer, (index, factor), start, numbers, (dtype, self.options.allow_nan))
+    fn put(&self, target: usize, factor: Factor, start: usize, numbers: &[f32]) -> Result<()> {
+        let checks = (self.dtype, self.cat.options.allow_nan);
+        let writer = &self.writers[target];
+        put(&self.cat.joints, writer, (self.index, factor), start, numbers, checks)
     }
 }
 
