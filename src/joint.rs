@@ -19,7 +19,7 @@ use crate::{
     experts::Held,
     kernels::widest,
     layout::{Factor, Kind, Module},
-    source::{Source, trim},
+    source::Source,
     watch::Watch,
 };
 
@@ -274,7 +274,7 @@ pub(crate) fn each_on_threads<S>(
     let next = AtomicUsize::new(0);
     let turns = || {
         let _guard = StopOnPanic(watch);
-        let (mut state, mut done) = (state(), 0);
+        let mut state = state();
         loop {
             let index = next.fetch_add(1, Relaxed);
             if index >= count {
@@ -283,11 +283,6 @@ pub(crate) fn each_on_threads<S>(
             if let Err(error) = work(&mut state, index) {
                 watch.stop(); // the other threads need not finish theirs
                 return Err(error);
-            }
-            done += 1;
-            // Each time would cost a fifth of a decomposition, and this way a twentieth.
-            if done % 8 == 0 {
-                trim();
             }
         }
     };

@@ -96,6 +96,14 @@ def test_a_merge_heeds_its_budget(banks, name, io):
     assert measured(banks[name], "--io", io, "--memory", "32") <= SMALL
 
 
+def test_a_merge_for_many_datasets_heeds_its_budget(tmp_path):
+    bank = write_bank(tmp_path / "bank", 48, 16)
+    others = [tmp_path / f"{i}.txt" for i in range(15)]
+    for i, other in enumerate(others):
+        other.write_text(" ".join(f"w{j}" for j in range(i, VOCABULARY, 100)))
+    assert measured(bank, *others, "--memory", "32") <= SMALL
+
+
 @pytest.fixture
 def limited():
     """The beginning of a command that runs in 256 MB, page cache included."""

@@ -3,7 +3,27 @@
 
 use faer::{Accum, Mat, MatMut, MatRef, Par};
 
-use crate::error::{Error, Result};
+use std::cell::Cell;
+
+use crate::{
+    error::{Error, Result},
+    source::trim,
+};
+
+/// Give back what a decomposition of `matrix` will leave behind, together with those of others: each
+/// time would cost a fifth of a small one, and large ones leave much.
+fn tidy(matrix: MatRef<'_, f64>) {
+    /// As many decompositions, or bytes of their matrices.
+    const OFTEN: usize = 8;
+    const MUCH: usize = 3 << 20;
+    thread_local!(static LEFT: Cell<usize> = const { Cell::new(0) });
+    let bytes = matrix.nrows() * matrix.ncols() * size_of::<f64>();
+    LEFT.set(LEFT.get() + bytes.max(MUCH / OFTEN));
+    if LEFT.get() >= MUCH {
+        LEFT.set(0);
+        trim();
+    }
+}
 
 /// `a` times `b`.
 pub(in crate::merge) fn product(a: MatRef<'_, f64>, b: MatRef<'_, f64>) -> Mat<f64> {
@@ -31,6 +51,7 @@ pub(in crate::merge) fn decompose(matrix: MatRef<'_, f64>) -> Result<Decomposed>
         let (u, v) = (Mat::zeros(matrix.nrows(), 0), Mat::zeros(matrix.ncols(), 0));
         return Ok(Decomposed { u, values: vec![], v });
     }
+    tidy(matrix);
     faer::set_global_parallelism(Par::Seq);
     let svd = matrix.thin_svd().map_err(|_| {
         Error::Setting("a singular value decomposition did not converge (NaN?)".to_owned())
@@ -41,6 +62,7 @@ pub(in crate::merge) fn decompose(matrix: MatRef<'_, f64>) -> Result<Decomposed>
 
 /// An orthonormal basis of the columns of `matrix`.
 pub(in crate::merge) fn orthonormal(matrix: MatRef<'_, f64>) -> Mat<f64> {
+    tidy(matrix);
     faer::set_global_parallelism(Par::Seq);
     matrix.qr().compute_thin_Q()
 }

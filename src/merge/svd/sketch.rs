@@ -66,19 +66,21 @@ impl Sketch {
         let width = self.width(joint);
         let random = gaussian(self.seed, &joint.module.name, joint.columns(), width + PROBES);
         let both = pass.forward(&vec![random; terms.targets()], bytes)?;
-        let part = |from, count| both.iter().map(move |y| y.subcols(from, count).to_owned());
+        let part = |y: &Mat<f32>, from, count| y.subcols(from, count).to_owned();
         let (mut ranges, probes): (Vec<_>, Vec<_>) =
-            (part(0, width).collect(), part(width, PROBES).collect());
-        drop(both);
-        let basis = |range: &Mat<f32>| orthonormal(wide(range).as_ref());
-        let narrow = |q: &Mat<f64>| Mat::from_fn(q.nrows(), q.ncols(), |i, j| q[(i, j)] as f32);
+            both.into_iter().map(|y| (part(&y, 0, width), part(&y, width, PROBES))).unzip();
+        // Each is let go as its basis is made: with many targets they are what takes memory.
+        let bases = |ranges: Vec<Mat<f32>>| -> Vec<Mat<f32>> {
+            let narrow = |q: Mat<f64>| Mat::from_fn(q.nrows(), q.ncols(), |i, j| q[(i, j)] as f32);
+            ranges.into_iter().map(|range| narrow(orthonormal(wide(&range).as_ref()))).collect()
+        };
         for _ in 0..self.iterations {
-            let left: Vec<Mat<f32>> = ranges.iter().map(|y| narrow(&basis(y))).collect();
+            let left = bases(ranges);
             let right = pass.backward(&left, bytes)?;
-            let right: Vec<Mat<f32>> = right.iter().map(|z| narrow(&basis(z))).collect();
-            ranges = pass.forward(&right, bytes)?;
+            drop(left);
+            ranges = pass.forward(&bases(right), bytes)?;
         }
-        let left: Vec<Mat<f32>> = ranges.iter().map(|y| narrow(&basis(y))).collect();
+        let left = bases(ranges);
         let projected = pass.backward(&left, bytes)?;
         let lows = left.iter().zip(&projected).zip(&probes).enumerate();
         lows.map(|(target, ((q, z), probes))| {

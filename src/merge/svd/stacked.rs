@@ -77,8 +77,15 @@ impl Stacked {
     pub(super) fn lows(&self, terms: &Terms<'_>, joint: &Joint, rank: usize) -> Result<Vec<Low>> {
         let a = self.a.root();
         let b = self.b.root();
-        (0..terms.targets())
-            .map(|target| {
+        // What stays is asked for before what comes and goes: in between it would leave gaps that
+        // nothing fits into.
+        let most = rank.min(joint.ranks());
+        let room = |rows: &Rows| vec![0.0; most * rows.columns];
+        let rooms: Vec<_> = (0..terms.targets()).map(|_| (room(&self.a), room(&self.b))).collect();
+        rooms
+            .into_iter()
+            .enumerate()
+            .map(|(target, (room_a, room_b))| {
                 // C, a number for each row.
                 let factors: Vec<f64> = joint
                     .holders
@@ -104,8 +111,8 @@ impl Stacked {
                     weights
                 };
                 Ok(Low {
-                    a: self.a.combined(&weights(&cb, &core.u)),
-                    b: self.b.combined(&weights(&ca, &core.v)),
+                    a: self.a.combined(&weights(&cb, &core.u), room_a),
+                    b: self.b.combined(&weights(&ca, &core.v), room_b),
                     values: core.values,
                     energy,
                 })
@@ -159,9 +166,9 @@ impl Rows {
         cholesky(gram)
     }
 
-    /// The rows' sums by the columns of `weights`, one row a column.
-    fn combined(&self, weights: &Mat<f64>) -> Vec<f32> {
-        let mut made = vec![0.0; weights.ncols() * self.columns];
+    /// The rows' sums by the columns of `weights`, one row a column, in `made`.
+    fn combined(&self, weights: &Mat<f64>, mut made: Vec<f32>) -> Vec<f32> {
+        made.truncate(weights.ncols() * self.columns);
         for (from, part) in self.parts() {
             let sums = product(part.as_ref(), weights.as_ref());
             for j in 0..weights.ncols() {
