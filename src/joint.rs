@@ -62,11 +62,6 @@ impl Joint {
         self.holders.iter().map(|share| share.rank).sum()
     }
 
-    /// The largest rank that a sum of its adapters can have; at most, where none is DoRA.
-    pub(crate) fn most(&self) -> usize {
-        if self.dora { self.columns().min(self.outer) } else { self.ranks() }
-    }
-
     /// A factor's shape at another rank.
     pub(crate) fn shape(&self, factor: Factor, rank: usize) -> Vec<usize> {
         match factor {

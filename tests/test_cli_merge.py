@@ -580,6 +580,14 @@ def test_arguments_in_the_wrong_order(bank, dataset, out, lorameta):
     assert (status, f"`{dataset}` is a file; a bank is a folder" in err) == (1, True)
 
 
+def test_a_record_knows_the_configurations(bank, dataset, out, lorameta):
+    assert lorameta("merge", bank, dataset, "-o", out)[0] == 0
+    config = bank / "hamlet" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 99}))
+    status, _, err = lorameta("merge", "--repeat", out, "-o", out.with_name("again"))
+    assert (status, f"`{config}` is not the file that" in err) == (1, True)
+
+
 def test_a_record_of_a_bank_that_has_moved(bank, dataset, out, lorameta):
     assert lorameta("merge", bank, dataset, "-o", out)[0] == 0
     moved = bank.rename(bank.with_name("moved"))

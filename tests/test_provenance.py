@@ -18,7 +18,10 @@ from lorameta_rs.ranking import Settings
 from lorameta_rs.repeat import RepeatedJob
 
 FIELDS = ["format", "version", "settings", "target", "method", "relevance", "members"]
-OF_A_MEMBER = ["name", "path", "sha256", "distance", "similarity", "coefficient"]
+OF_A_MEMBER = [
+    *("name", "path", "sha256", "config_sha256"),
+    *("distance", "similarity", "coefficient"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +80,8 @@ def test_of_a_dataset(folder, dataset, tmp_path):
         weights = folder / member["name"] / "adapter_model.safetensors"
         assert member["path"] == str(weights.parent)
         assert member["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+        config = weights.with_name("adapter_config.json")
+        assert member["config_sha256"] == hashlib.sha256(config.read_bytes()).hexdigest()
         # In full precision: read back, they are the same numbers.
         assert member["distance"] == found.distances[i]
         assert member["similarity"] == found.similarity[i]

@@ -101,7 +101,7 @@ def test_all_folders_are_placed_or_none(tmp_path, monkeypatch, fails):
 
 def test_no_output_lies_in_another(make_bank, tmp_path):
     jobs = [Job(np.ones(3), tmp_path / "out"), Job(np.ones(3), tmp_path / "out" / "in")]
-    with pytest.raises(OutputExists, match="out` exists"):
+    with pytest.raises(InvalidSetting, match="in` lies in another output"):
         merge(Bank(make_bank().folder), jobs)
     assert tree(tmp_path) == {}
 

@@ -183,6 +183,22 @@ def test_several_targets_are_made_in_one_reading(real, frozen, tmp_path, method)
         assert (one.out / WEIGHTS).read_bytes() == (alone.out / WEIGHTS).read_bytes()
 
 
+def test_a_rank_does_not_depend_on_other_targets(real, tmp_path):
+    bank = Bank(real.folder)
+    jobs = [
+        Job(row, tmp_path / name) for name, row in zip(bank.names, np.eye(len(bank)), strict=True)
+    ]
+    merge(bank, jobs, Options(method="svd"))
+    for name, one in zip(bank.names, jobs, strict=True):
+        tensors, scale = result(one.out)
+        assert json.loads((one.out / "adapter_config.json").read_text())["r"] == REAL[name]["rank"]
+        for module in modules(bank):
+            if (want := delta(real.numbers[name], module)) is not None:
+                want = scaling(bank, name, module) * want
+                found = delta(tensors, module, scale)
+                np.testing.assert_allclose(found, want, atol=2e-6 * abs(want).max())
+
+
 @settings(max_examples=15)
 @given(st.permutations(sorted(REAL)), st.sampled_from(["cat", "svd"]))
 def test_the_order_of_members_does_not_matter(real, tmp_path_factory, order, method):

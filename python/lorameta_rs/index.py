@@ -308,7 +308,8 @@ def _see_same(member: Member, digest: str, index: Index) -> None:
     if recorded is not None and recorded.sha256 != digest:
         raise FileChanged(
             f"`{member.adapter.path}` has SHA-256 {digest[:12]}…, the index recorded "
-            f"{recorded.sha256[:12]}…\nif that is right, run `lorameta-rs index`"
+            f"{recorded.sha256[:12]}…\nif that is right, delete `{index.path}`: "
+            "it is made anew"
         )
 
 

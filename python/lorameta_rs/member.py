@@ -54,6 +54,12 @@ class Member:
         return self.config.scalings([(module.name, module.rank) for module in self.modules])
 
     @cached_property
+    def config_sha256(self) -> str | None:
+        """The SHA-256 of its configuration's file, which a GGUF file has none of."""
+        path = self.folder / FILE_NAME
+        return files.sha256(path) if path.exists() else None
+
+    @cached_property
     def notes(self) -> tuple[str, ...]:
         """What is odd about it, but does no harm."""
         both = (self.folder / PICKLE).exists()

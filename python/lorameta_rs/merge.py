@@ -166,9 +166,9 @@ class Options:
             raise InvalidSetting(f"density is {self.density}, expected a share above 0, up to 1")
         if self.method == "soup" and self.normalize == "unit":
             raise InvalidSetting("normalize: norms are those of ΔW, which `soup` does not sum")
-        if self.method == "svd" and self.allow_nan:
+        if self.method.endswith("svd") and self.allow_nan:
             raise InvalidSetting(
-                "allow_nan: `svd` cannot decompose NaN; `soup` and `cat` let it by"
+                f"allow_nan: `{self.method}` cannot decompose NaN; `soup` and `cat` let it by"
             )
 
     @classmethod

@@ -51,8 +51,9 @@ class Provenance:
         target: The new dataset's `path` and `sha256`; None if the coefficients were given.
         method: How the members were combined.
         relevance: How good a match the bank was; None if the coefficients were given.
-        members: `name`, `path`, `sha256`, `distance`, `similarity` and `coefficient` of each member
-            that was used, in the order of the bank; what is not known is None.
+        members: `name`, `path`, `sha256`, `config_sha256`, `distance`, `similarity` and
+            `coefficient` of each member that was used, in the order of the bank; what is not known
+            is None.
     """
 
     version: str
@@ -226,6 +227,7 @@ def _again(record: Provenance, settings: dict[str, Any], bank: Bank) -> Provenan
                 "name": member["name"],
                 "path": folders[member["name"]],
                 "sha256": member["sha256"],
+                "config_sha256": member.get("config_sha256"),
                 "distance": member.get("distance"),
                 "similarity": member.get("similarity"),
                 "coefficient": member["coefficient"],
@@ -279,6 +281,7 @@ def provenance(bank: Bank, job: Job, options: Options) -> Provenance:
                 "name": member.name,
                 "path": str(member.folder.absolute()),
                 "sha256": bank.index.sha256(member),
+                "config_sha256": member.config_sha256,
                 "distance": None if ranking is None else float(ranking.distances[i]),
                 "similarity": None if similarity is None else float(similarity[i]),
                 "coefficient": own.tolist(),

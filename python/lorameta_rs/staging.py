@@ -74,6 +74,8 @@ def check(outs: Sequence[Path], owned: Sequence[str] = (), force: bool = False) 
     for out, place in zip(outs, places, strict=True):
         if places.count(place) > 1:
             raise InvalidSetting(f"two outputs have the same path, `{out}`\ngive each its own")
+        if not {str(parent) for parent in Path(place).parents}.isdisjoint(places):
+            raise InvalidSetting(f"`{out}` lies in another output\nput it elsewhere")
     for out in outs:
         _check(out, owned, force)
 

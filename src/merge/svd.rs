@@ -15,7 +15,7 @@ use crate::{
     blocks::{Options, Plan},
     error::{Error, Result},
     experts::each_expert,
-    joint::{Joint, Reader, each_on_threads, joint_modules},
+    joint::{Joint, Reader, Share, each_on_threads, joint_modules},
     merge::cat::{create, put_columns},
     terms::Terms,
     watch::Watch,
@@ -204,9 +204,13 @@ impl<'a> Svd<'a> {
 
     /// Each target's rank.
     fn ranks(&self, reader: &Reader<'_>, watch: &Watch) -> Result<Vec<usize>> {
-        let most = self.joints.iter().map(Joint::most).max().unwrap_or(0);
         let share = match self.rank {
-            Rank::Fixed(rank) => return Ok(vec![rank.min(most); self.terms.targets()]),
+            Rank::Fixed(rank) => {
+                // As if each target were alone: of the adapters that it takes.
+                let most = |target| self.joints.iter().map(|joint| self.most(target, joint)).max();
+                let targets = 0..self.terms.targets();
+                return Ok(targets.map(|target| rank.min(most(target).unwrap_or(0))).collect());
+            }
             Rank::Energy(share) => share,
         };
         let needed = self.each(reader, watch, 0, |index, lows| {
@@ -243,6 +247,16 @@ impl<'a> Svd<'a> {
         })?;
         let largest = |target: usize| needed.iter().map(|module| module[target]).max();
         Ok((0..self.terms.targets()).map(|target| largest(target).unwrap_or(1)).collect())
+    }
+
+    /// The largest rank that a target's sum can have in a module; at most, where one is DoRA.
+    fn most(&self, target: usize, joint: &Joint) -> usize {
+        if joint.dora {
+            return joint.columns().min(joint.outer);
+        }
+        let taken =
+            |share: &&Share| self.terms.coefficient(target, share.adapter, share.module) != 0.0;
+        joint.holders.iter().filter(taken).map(|share| share.rank).sum()
     }
 
     /// What `use_of` makes of each module's sums, for each target and expert, to rank `rank` at most.

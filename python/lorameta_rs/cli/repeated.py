@@ -11,6 +11,7 @@ import click
 
 from lorameta_rs.bank import ANY_BASE
 from lorameta_rs.cli import console, options
+from lorameta_rs.config_fields import FILE_NAME as CONFIG
 from lorameta_rs.errors import FileChanged, InvalidBank, MissingFile
 from lorameta_rs.formats.base import Base
 from lorameta_rs.index import hash_adapters
@@ -62,10 +63,15 @@ def repeated(
 
 def _same_files(bank: Bank, record: Provenance, path: Path) -> None:
     """See that the members' files are those of which an adapter was made."""
-    recorded = {member["name"]: member["sha256"] for member in record.members}
+    recorded = {member["name"]: member for member in record.members}
     used = [member for member in bank.members if member.name in recorded]
     with console.steps("hashing adapters", len(used)) as step:
         hash_adapters(bank, used, progress=step)
     for member in used:
-        if recorded[member.name] != bank.index.sha256(member):
-            raise FileChanged(f"`{member.adapter.path}` is not the file that `{path}` records")
+        then = recorded[member.name]
+        for file, now, digest in (
+            (member.adapter.path, bank.index.sha256(member), then["sha256"]),
+            (member.folder / CONFIG, member.config_sha256, then.get("config_sha256")),
+        ):
+            if digest is not None and digest != now:
+                raise FileChanged(f"`{file}` is not the file that `{path}` records")

@@ -124,8 +124,9 @@ fn each_rank_is_the_best_approximation_and_what_it_keeps_is_said() {
     let terms = case.terms(&rows());
     for rank in 1..=12 {
         let (found, kept) = case.svd(&terms, Rank::Fixed(rank), Options::default()).unwrap();
-        for ((tensors, kept), coefficients) in found.iter().zip(&kept).zip(rows()) {
-            assert_eq!(kept.0, rank.min(11));
+        let targets = found.iter().zip(&kept).zip(rows()).zip([8, 7]);
+        for (((tensors, kept), coefficients), most) in targets {
+            assert_eq!(kept.0, rank.min(most));
             for (module, kept) in ["q", "v"].iter().zip(&kept.1) {
                 let exact = case.exact(&specs, &coefficients, module);
                 let svd = exact.thin_svd().unwrap();
