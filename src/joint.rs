@@ -20,6 +20,7 @@ use crate::{
     kernels::widest,
     layout::{Factor, Kind, Module},
     source::Source,
+    terms::Terms,
     watch::Watch,
 };
 
@@ -60,6 +61,12 @@ impl Joint {
     /// The sum of the adapters' ranks.
     pub(crate) fn ranks(&self) -> usize {
         self.holders.iter().map(|share| share.rank).sum()
+    }
+
+    /// Those ranks for a target alone: of the adapters that it takes.
+    pub(crate) fn ranks_of(&self, terms: &Terms<'_>, target: usize) -> usize {
+        let taken = self.holders.iter().filter(|share| terms.takes(target, share));
+        taken.map(|share| share.rank).sum()
     }
 
     /// A factor's shape at another rank.

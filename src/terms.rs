@@ -4,6 +4,7 @@ use crate::{
     adapter::Adapter,
     base::Base,
     error::{Error, Result},
+    joint::Share,
 };
 
 /// The terms of sums over adapters, one sum for each target: Σ_i c_i s_i (what adapter i has).
@@ -87,6 +88,11 @@ impl<'a> Terms<'a> {
     pub(crate) fn coefficient(&self, target: usize, adapter: usize, module: usize) -> f64 {
         let own = &self.coefficients[target][adapter];
         if own.len() == 1 { own[0] } else { own[module] }
+    }
+
+    /// Whether a target takes anything of a module of an adapter.
+    pub(crate) fn takes(&self, target: usize, share: &Share) -> bool {
+        self.coefficient(target, share.adapter, share.module) != 0.0
     }
 
     /// The scaling of an adapter's ΔW in a module, beside the coefficient.

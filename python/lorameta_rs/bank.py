@@ -105,12 +105,12 @@ class Bank:
         found = [one for one in members if not _matches(one.name, self._patterns)]
         if members and not found:
             raise InvalidBank(f"`{self.folder}`: --exclude leaves no member")
-        folders = [folder for folder in found if misnamed(folder) is None]
-        self.left_out |= {
-            _printable(folder.name): fault
-            for folder in found
-            if (fault := misnamed(folder)) is not None
-        }
+        folders = []
+        for folder in found:
+            if (fault := misnamed(folder)) is None:
+                folders.append(folder)
+            else:
+                self.left_out[_printable(folder.name)] = fault
         opened_members = open_members(
             folders, drop_unsupported, heads_in(self.folder), dora=base_weights is not None
         )

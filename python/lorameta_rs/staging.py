@@ -46,7 +46,10 @@ def staged(
         check(outs, owned, force)  # again: one may have appeared meanwhile
         _place(stages, outs)
     except UnreadableFile as error:
-        raise _of_output(error, stages, outs) from error
+        for stage, out in zip(stages, outs, strict=True):
+            if str(error.filename).startswith(str(stage)):
+                error.filename = str(out / Path(str(error.filename)).relative_to(stage))
+        raise
     finally:
         for stage in stages:
             shutil.rmtree(stage, ignore_errors=True)
@@ -106,15 +109,6 @@ def _check(out: Path, owned: Sequence[str], force: bool) -> None:
             f"`{out}` is not replaced: it has no `{owned[0]}`, which lorameta-rs writes\n"
             "choose another folder"
         )
-
-
-def _of_output(error: UnreadableFile, stages: Sequence[Path], outs: Sequence[Path]) -> Exception:
-    """The error, said of the output that the user knows and not of the folder beside it."""
-    for stage, out in zip(stages, outs, strict=True):
-        if str(error.filename).startswith(str(stage)):
-            name = Path(str(error.filename)).relative_to(stage)
-            return UnreadableFile(error.errno, error.strerror, str(out / name))
-    return error
 
 
 def _beside(out: Path) -> Path:

@@ -52,7 +52,8 @@ impl<'a> Cat<'a> {
 
     /// Each target's rank: the largest that any module needs.
     pub fn ranks(&self) -> Vec<usize> {
-        let rank = |target| self.joints.iter().map(|joint| self.rank(target, joint)).max();
+        let rank =
+            |target| self.joints.iter().map(|joint| joint.ranks_of(self.terms, target)).max();
         (0..self.terms.targets()).map(|target| rank(target).unwrap_or(0)).collect()
     }
 
@@ -69,27 +70,17 @@ impl<'a> Cat<'a> {
         let ranks = self.ranks();
         let writers = create(&self.joints, outputs, &ranks, dtype)?;
         each_on_threads(self.joints.len(), self.plan.threads, watch, Vec::new, |bytes, index| {
-            let module = Module { cat: self, index, ranks: &ranks, writers: &writers, dtype };
-            module.write_a(&reader, bytes)?;
-            module.write_b(&reader, bytes)
+            let stack = Stack { cat: self, index, ranks: &ranks, writers: &writers, dtype };
+            stack.write_a(&reader, bytes)?;
+            stack.write_b(&reader, bytes)
         })?;
         reader.still_unchanged()?;
         Writer::finish(writers, watch)
     }
-
-    /// Whether a target takes anything of a module of an adapter.
-    fn takes(&self, target: usize, share: &Share) -> bool {
-        self.terms.coefficient(target, share.adapter, share.module) != 0.0
-    }
-
-    fn rank(&self, target: usize, joint: &Joint) -> usize {
-        let taken = joint.holders.iter().filter(|share| self.takes(target, share));
-        taken.map(|share| share.rank).sum()
-    }
 }
 
 /// One module of all targets, for which each adapter is read once.
-struct Module<'a> {
+struct Stack<'a> {
     cat: &'a Cat<'a>,
     index: usize,
     /// Each target's rank, and file.
@@ -98,14 +89,14 @@ struct Module<'a> {
     dtype: Dtype,
 }
 
-impl Module<'_> {
+impl Stack<'_> {
     fn joint(&self) -> &Joint {
         &self.cat.joints[self.index]
     }
 
     /// The adapters that any target takes, in the order of the bank.
     fn shares(&self) -> impl Iterator<Item = &Share> {
-        let taken = |share: &&Share| (0..self.ranks.len()).any(|t| self.cat.takes(t, share));
+        let taken = |share: &&Share| (0..self.ranks.len()).any(|t| self.cat.terms.takes(t, share));
         self.joint().holders.iter().filter(taken)
     }
 
@@ -119,7 +110,7 @@ impl Module<'_> {
             reader.read(*share, Factor::A, 0..a.len(), bytes, &mut a)?;
             let mut scaled = vec![0.0; a.len()];
             for (target, start) in starts.iter_mut().enumerate() {
-                if !self.cat.takes(target, share) {
+                if !self.cat.terms.takes(target, share) {
                     continue;
                 }
                 let factor = self.cat.terms.product(target, share.adapter, share.module) as f32;
@@ -160,7 +151,7 @@ impl Module<'_> {
                     let own = share.rank * experts;
                     let b = &read[place..place + rows * own];
                     place += b.len();
-                    if self.cat.takes(target, share) {
+                    if self.cat.terms.takes(target, share) {
                         for (row, b) in stacked.chunks_mut(width).zip(b.chunks(own)) {
                             row[at..at + own].copy_from_slice(b);
                         }

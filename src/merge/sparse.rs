@@ -306,8 +306,7 @@ impl<'a> Sparse<'a> {
 /// The largest rank of the modules that each target uses.
 fn ranks(terms: &Terms<'_>, joints: &[Joint]) -> Vec<usize> {
     let uses = |target: usize, joint: &&Joint| {
-        let coefficient = |share: &Share| terms.coefficient(target, share.adapter, share.module);
-        joint.holders.iter().any(|share| coefficient(share) != 0.0)
+        joint.holders.iter().any(|share| terms.takes(target, share))
     };
     let rank = |target: usize| {
         let used = joints.iter().filter(|joint| uses(target, joint));

@@ -15,7 +15,7 @@ use crate::{
     blocks::{Options, Plan},
     error::{Error, Result},
     experts::each_expert,
-    joint::{Joint, Reader, Share, each_on_threads, joint_modules},
+    joint::{Joint, Reader, each_on_threads, joint_modules},
     merge::cat::{create, put_columns},
     terms::Terms,
     watch::Watch,
@@ -254,9 +254,7 @@ impl<'a> Svd<'a> {
         if joint.dora {
             return joint.columns().min(joint.outer);
         }
-        let taken =
-            |share: &&Share| self.terms.coefficient(target, share.adapter, share.module) != 0.0;
-        joint.holders.iter().filter(taken).map(|share| share.rank).sum()
+        joint.ranks_of(self.terms, target)
     }
 
     /// What `use_of` makes of each module's sums, for each target and expert, to rank `rank` at most.

@@ -1,9 +1,9 @@
 //! Small dense matrices in float64, each on one thread, so that the bits do not depend on how many
 //! threads there are.
 
-use faer::{Accum, Mat, MatMut, MatRef, Par};
-
 use std::cell::Cell;
+
+use faer::{Accum, Mat, MatMut, MatRef, Par};
 
 use crate::{
     error::{Error, Result},
